@@ -16,3 +16,6 @@
 //! the simulator and the proxy run the same decisions.
 
 pub mod clock;
+
+pub mod engine;
+pub mod prompt;
