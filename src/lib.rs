@@ -19,3 +19,7 @@ pub mod clock;
 
 pub mod engine;
 pub mod prompt;
+
+pub mod policy;
+
+pub mod balance;

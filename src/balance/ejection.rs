@@ -1,0 +1,204 @@
+//! Passive ejection: a backend that keeps failing is left alone for a while.
+//!
+//! The classic `max_fails` / `fail_timeout` of nginx, with the holes closed that make it an outage switch: a poison prompt that fails
+//! everywhere must not empty the fleet, a full engine is not a broken one, and the last backend is never removed
+//! (research/reliability.md s.0 and s.1.2).
+//!
+//! * A *certain* fault (no connection) counts at once. `max_fails` of them within `fail_timeout` eject for `fail_timeout`.
+//! * A *suspect* one (5xx, connection lost before the first byte, timeout) may be the request's fault. It counts at once if
+//!   another backend answered the same request. Otherwise it is held: it counts when `max_fails` of them
+//!   come in a row on this backend while others succeed, and a success here clears it.
+//! * *Back-pressure* (429, 503) never counts; the backend cools down for as long as it asked.
+//! * At most [`limit`] backends are ejected together.
+//! * An ejected backend that returns is on probation: its next fault ejects it again, its next success clears it.
+
+use std::time::Duration;
+
+use super::retry::Fault;
+use crate::clock::Time;
+
+/// `max_fails` and `fail_timeout` of an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Faults that eject; 0 switches ejection off.
+    pub max_fails: u32,
+    /// The span in which they must come, and the time of ejection.
+    pub fail_timeout: Duration,
+}
+
+/// The record of one backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    fails: u32,
+    first_fail: Time,
+    suspects: u32,
+    ejected_until: Time,
+    cooling_until: Time,
+    /// It was ejected and has not answered since.
+    probation: bool,
+    /// Another backend has answered since this one last did.
+    overtaken: bool,
+}
+
+impl Record {
+    /// Whether the backend is ejected at `now`.
+    pub fn ejected(&self, now: Time) -> bool {
+        now < self.ejected_until
+    }
+
+    /// Whether the backend asked to be left alone at `now`.
+    pub fn cooling(&self, now: Time) -> bool {
+        now < self.cooling_until
+    }
+
+    /// Leaves the backend alone for `span`, because it said it is full.
+    pub fn cool(&mut self, now: Time, span: Duration) {
+        self.cooling_until = self.cooling_until.max(now + span);
+    }
+
+    /// The backend answered. An ejected one stays ejected: the answer may be to a request from before.
+    pub fn succeed(&mut self, now: Time) {
+        if !self.ejected(now) {
+            self.probation = false;
+        }
+        self.suspects = 0;
+        self.overtaken = false;
+    }
+
+    /// Another backend of the upstream answered.
+    pub fn overtake(&mut self) {
+        self.overtaken = true;
+    }
+
+    /// The backend failed; true if that is one too many. `elsewhere` says that another backend answered the same request.
+    #[must_use]
+    pub fn fail(&mut self, rule: Rule, fault: Fault, elsewhere: bool, now: Time) -> bool {
+        if rule.max_fails == 0 || self.ejected(now) {
+            return false;
+        }
+        match fault {
+            Fault::None | Fault::BackPressure => return false,
+            Fault::Suspect if !elsewhere => {
+                self.suspects += 1;
+                return self.overtaken && self.suspects >= rule.max_fails;
+            }
+            Fault::Suspect | Fault::Certain => {}
+        }
+        if self.fails == 0 || now.since(self.first_fail) > rule.fail_timeout {
+            self.first_fail = now;
+            self.fails = 0;
+        }
+        self.fails += 1;
+        self.probation || self.fails >= rule.max_fails
+    }
+
+    /// Ejects the backend.
+    pub fn eject(&mut self, rule: Rule, now: Time) {
+        let cooling_until = self.cooling_until;
+        *self = Self {
+            ejected_until: now + rule.fail_timeout,
+            cooling_until,
+            probation: true,
+            ..Self::default()
+        };
+    }
+}
+
+/// How many of `members` may be ejected together: all but one for certain faults, which no request can provoke; for
+/// suspected ones, all but one of up to three, else a third.
+pub fn limit(members: usize, fault: Fault) -> usize {
+    if members <= 3 || fault == Fault::Certain { members.saturating_sub(1) } else { members / 3 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULE: Rule = Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) };
+
+    fn at(seconds: u64) -> Time {
+        Time::ZERO + Duration::from_secs(seconds)
+    }
+
+    /// Feeds the fault until it ejects; how many it took, up to 10.
+    fn faults_until_ejection(record: &mut Record, fault: Fault, elsewhere: bool, now: Time) -> Option<usize> {
+        (1..=10).find(|_| record.fail(RULE, fault, elsewhere, now))
+    }
+
+    #[test]
+    fn the_third_certain_fault_ejects_for_fail_timeout() {
+        let mut record = Record::default();
+        assert_eq!(faults_until_ejection(&mut record, Fault::Certain, false, at(100)), Some(3));
+        record.eject(RULE, at(100));
+        assert!(record.ejected(at(129)));
+        assert!(!record.ejected(at(130)));
+    }
+
+    #[test]
+    fn faults_further_apart_than_fail_timeout_do_not_add_up() {
+        let mut record = Record::default();
+        for seconds in [0, 31, 62, 93] {
+            assert!(!record.fail(RULE, Fault::Certain, false, at(seconds)));
+        }
+    }
+
+    #[test]
+    fn a_backend_on_probation_is_ejected_by_its_next_fault_and_cleared_by_its_next_success() {
+        let mut record = Record::default();
+        record.eject(RULE, at(0));
+        record.succeed(at(10));
+        let mut failing = record;
+        assert_eq!(faults_until_ejection(&mut failing, Fault::Certain, false, at(40)), Some(1));
+        record.succeed(at(40));
+        assert_eq!(faults_until_ejection(&mut record, Fault::Certain, false, at(41)), Some(3));
+    }
+
+    #[test]
+    fn a_fault_that_another_backend_did_not_reproduce_counts() {
+        let mut record = Record::default();
+        assert_eq!(faults_until_ejection(&mut record, Fault::Suspect, true, at(1)), Some(3));
+    }
+
+    #[test]
+    fn a_poison_prompt_that_fails_everywhere_ejects_nobody() {
+        let mut record = Record::default();
+        assert_eq!(faults_until_ejection(&mut record, Fault::Suspect, false, at(1)), None);
+    }
+
+    #[test]
+    fn a_backend_that_fails_every_request_while_others_succeed_is_ejected() {
+        let mut record = Record::default();
+        record.overtake();
+        assert_eq!(faults_until_ejection(&mut record, Fault::Suspect, false, at(1)), Some(3));
+        let mut mixed = Record::default();
+        for _ in 0..10 {
+            mixed.overtake();
+            assert!(!mixed.fail(RULE, Fault::Suspect, false, at(1)));
+            mixed.succeed(at(1));
+        }
+    }
+
+    #[test]
+    fn back_pressure_and_client_errors_never_count() {
+        let mut record = Record::default();
+        for fault in [Fault::BackPressure, Fault::None] {
+            assert_eq!(faults_until_ejection(&mut record, fault, true, at(1)), None);
+        }
+        record.cool(at(1), Duration::from_secs(5));
+        record.cool(at(1), Duration::from_secs(2));
+        assert!(record.cooling(at(5)) && !record.cooling(at(6)));
+    }
+
+    #[test]
+    fn max_fails_of_zero_switches_ejection_off() {
+        let rule = Rule { max_fails: 0, ..RULE };
+        let mut record = Record::default();
+        assert!((0..10).all(|_| !record.fail(rule, Fault::Certain, true, at(1))));
+    }
+
+    #[test]
+    fn the_last_backend_is_never_ejected() {
+        assert_eq!([1, 2, 3, 4, 8, 9].map(|n| limit(n, Fault::Suspect)), [0, 1, 2, 1, 2, 3]);
+        assert_eq!([1, 2, 4, 8].map(|n| limit(n, Fault::Certain)), [0, 1, 3, 7]);
+    }
+}

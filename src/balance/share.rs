@@ -1,0 +1,67 @@
+//! The share of traffic: which part of the recent requests each backend got.
+//!
+//! A backend that gets nearly everything while others are idle is the failure that prefix affinity invites, so the share is a
+//! metric to alert on. Requests are counted in ten one-second buckets: the share is that of the last ten seconds.
+
+use crate::clock::Time;
+use crate::policy::Slot;
+
+const BUCKETS: usize = 10;
+
+/// Requests of the last ten seconds, by backend.
+#[derive(Debug, Default)]
+pub struct Share {
+    /// By second modulo ten, then by slot.
+    buckets: [Vec<u32>; BUCKETS],
+    second: u64,
+}
+
+impl Share {
+    /// Counts a request sent to `slot`.
+    pub fn count(&mut self, slot: Slot, now: Time) {
+        self.advance(now);
+        let bucket = &mut self.buckets[(self.second % BUCKETS as u64) as usize];
+        let index = slot.0 as usize;
+        if bucket.len() <= index {
+            bucket.resize(index + 1, 0);
+        }
+        bucket[index] += 1;
+    }
+
+    /// The part of the requests of the last ten seconds that `slot` got, 0 to 1; 0 when there were none.
+    pub fn of(&mut self, slot: Slot, now: Time) -> f64 {
+        self.advance(now);
+        let own: u32 = self.buckets.iter().filter_map(|b| b.get(slot.0 as usize)).sum();
+        let all: u32 = self.buckets.iter().flatten().sum();
+        if all == 0 { 0.0 } else { f64::from(own) / f64::from(all) }
+    }
+
+    fn advance(&mut self, now: Time) {
+        let second = now.since(Time::ZERO).as_secs();
+        for passed in (self.second + 1..=second).rev().take(BUCKETS) {
+            self.buckets[(passed % BUCKETS as u64) as usize].clear();
+        }
+        self.second = self.second.max(second);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_share_is_that_of_the_last_ten_seconds() {
+        let at = |s| Time::ZERO + Duration::from_secs(s);
+        let mut share = Share::default();
+        assert_eq!(share.of(Slot(0), at(0)), 0.0);
+        for _ in 0..3 {
+            share.count(Slot(0), at(1));
+        }
+        share.count(Slot(1), at(8));
+        assert_eq!(share.of(Slot(0), at(9)), 0.75);
+        assert_eq!(share.of(Slot(1), at(11)), 1.0);
+        assert_eq!(share.of(Slot(1), at(1_000)), 0.0);
+    }
+}
