@@ -12,7 +12,7 @@
 //! its tokens are charged to that backend until the first byte arrives, the stream passes through untouched, and the charge is settled
 //! exactly once, whatever happens. Follow one request in `proxy`, from top to bottom.
 //!
-//! The rooms, each of which imports only those before it. Up to `sim` they are pure: no I/O, no clock, no global randomness, so that
+//! The rooms, each of which imports only those before it. Up to [`sim`] they are pure: no I/O, no clock, no global randomness, so that
 //! the simulator and the proxy run the same decisions.
 
 pub mod clock;
@@ -23,3 +23,5 @@ pub mod prompt;
 pub mod policy;
 
 pub mod balance;
+
+pub mod sim;
