@@ -25,3 +25,5 @@ pub mod policy;
 pub mod balance;
 
 pub mod sim;
+
+pub mod config;

@@ -1,0 +1,289 @@
+//! What no single value shows: references, clashes, and files that must be there.
+//!
+//! Every check runs over what could be read, and stays silent where a part it depends on was refused already:
+//! one mistake, one problem. Paths in the file are made relative to its folder on the way, and secrets are
+//! read.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::file::{Config, Listener};
+use super::report::{Flaw, suggestion};
+use super::strike::Reading;
+use super::tree::Path;
+use super::upstream::{Models, Upstream};
+use crate::policy::PolicyConfig;
+
+/// Completes `config`, which `reading` gave, with `folder` as the folder of the file; says what is wrong with
+/// it.
+pub(super) fn complete(
+    config: &mut Config,
+    reading: &Reading<Config>,
+    folder: &std::path::Path,
+) -> Vec<Flaw> {
+    let mut check = Check { reading, folder, flaws: Vec::new() };
+    for path in [&mut config.server.upgrade_socket, &mut config.server.pid_file].into_iter().flatten() {
+        *path = folder.join(&*path);
+    }
+    check.listeners(config);
+    check.limits(config);
+    check.routes(config);
+    check.upstreams(config);
+    check.models(config);
+    check.flaws
+}
+
+struct Check<'a> {
+    reading: &'a Reading<Config>,
+    folder: &'a std::path::Path,
+    flaws: Vec<Flaw>,
+}
+
+impl Check<'_> {
+    fn value(&mut self, path: Path, message: String, hint: impl Into<String>) {
+        self.flaws.push(Flaw { path, on_key: false, message, hint: hint.into() });
+    }
+
+    fn key(&mut self, path: Path, message: String, hint: impl Into<String>) {
+        self.flaws.push(Flaw { path, on_key: true, message, hint: hint.into() });
+    }
+
+    /// Complains that `parent` has no `key`, or nothing in it.
+    fn empty(&mut self, parent: &Path, key: &str, hint: &str) {
+        let path = parent.key(key);
+        if self.reading.is_written(&path) {
+            self.key(path, format!("`{key}` is empty"), hint);
+        } else if self.reading.is_intact(&path) {
+            self.key(parent.clone(), format!("missing key `{key}`"), hint);
+        }
+    }
+
+    fn listeners(&mut self, config: &mut Config) {
+        let root = Path::default();
+        let path = root.key("listeners");
+        if config.listeners.is_empty() && self.reading.is_intact(&path) {
+            self.empty(&root, "listeners", "one or more, such as `- address: 0.0.0.0:8080`");
+        }
+        let mut taken: Vec<(String, String)> = Vec::new();
+        for (index, listener) in config.listeners.iter_mut().enumerate() {
+            let path = self.reading.item(&path, index);
+            self.claim(&mut taken, &listener.address, path.key("address"), path.to_string());
+            self.tls_files(listener, &path);
+        }
+        if let Some(admin) = &config.admin {
+            let path = root.key("admin");
+            self.claim(&mut taken, &admin.address, path.key("address"), path.to_string());
+        }
+    }
+
+    /// Takes `address` for `owner`, unless one that listens on the same port of the same host has it.
+    fn claim(&mut self, taken: &mut Vec<(String, String)>, address: &str, path: Path, owner: String) {
+        if let Some((_, first)) = taken.iter().find(|(other, _)| clash(other, address)) {
+            let message = format!("address `{address}` is taken by {first} already");
+            self.value(path, message, "");
+        }
+        taken.push((address.to_owned(), owner));
+    }
+
+    fn tls_files(&mut self, listener: &mut Listener, path: &Path) {
+        let Some(tls) = &mut listener.tls else { return };
+        let path = path.key("tls");
+        for (key, file, what, wanted) in [
+            ("certificate", &mut tls.certificate, "certificate", "-----BEGIN CERTIFICATE-----"),
+            ("key", &mut tls.key, "private key", "PRIVATE KEY-----"),
+        ] {
+            if let Err(message) = self.pem(file, what, wanted) {
+                self.value(path.key(key), message, "");
+            }
+        }
+    }
+
+    /// Makes `file` relative to our folder and sees whether it holds what is `wanted` of it.
+    fn pem(&self, file: &mut PathBuf, what: &str, wanted: &str) -> Result<(), String> {
+        *file = self.folder.join(&*file);
+        let shown = file.display();
+        let bytes =
+            super::read_file(file).map_err(|error| format!("cannot read the {what} `{shown}`: {error}"))?;
+        let text = String::from_utf8_lossy(&bytes);
+        if text.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----") {
+            return Err(format!("the {what} `{shown}` is encrypted; nobody is there to type its passphrase"));
+        }
+        let blocks: Vec<&str> =
+            text.lines().map(str::trim).filter(|line| line.starts_with("-----BEGIN ")).collect();
+        if blocks.iter().any(|line| line.ends_with(wanted)) {
+            return Ok(());
+        }
+        match blocks.first() {
+            None => Err(format!("`{shown}` is not a {what}: it holds no PEM block (`-----BEGIN ...-----`)")),
+            Some(block) => {
+                let other = block.trim_start_matches("-----BEGIN ").trim_end_matches('-');
+                Err(format!("`{shown}` is not a {what}: it holds a {}", other.to_lowercase()))
+            }
+        }
+    }
+
+    fn limits(&mut self, config: &Config) {
+        let path = Path::default().key("limits");
+        let [one, all] = ["body", "buffered_bodies"].map(|key| path.key(key));
+        let both_read = self.reading.is_intact(&one) && self.reading.is_intact(&all);
+        if both_read && config.limits.buffered_bodies < config.limits.body {
+            let at = if self.reading.is_written(&all) { all } else { one };
+            let message =
+                "`buffered_bodies` is less than `body`: the largest body could never be read".to_owned();
+            self.value(at, message, "");
+        }
+    }
+
+    fn routes(&mut self, config: &Config) {
+        let path = Path::default().key("routes");
+        for (index, route) in config.routes.iter().enumerate() {
+            let at = self.reading.item(&path, index);
+            let target = Path::default().key("upstreams").key(&route.upstream);
+            if !config.upstreams.contains_key(&route.upstream) && self.reading.is_intact(&target) {
+                let known: Vec<&str> = config.upstreams.keys().map(String::as_str).collect();
+                let message = format!("{at} points to upstream `{}`, which does not exist", route.upstream);
+                self.value(at.key("upstream"), message, suggestion(&route.upstream, &known));
+            }
+            let earlier = config.routes[..index].iter().enumerate().find(|(before, other)| {
+                let whole =
+                    self.reading.is_intact(&at) && self.reading.is_intact(&self.reading.item(&path, *before));
+                whole && other.covers(route)
+            });
+            if let Some((before, _)) = earlier {
+                let first = self.reading.item(&path, before);
+                let message =
+                    format!("{at} is never reached: {first} matches all that it does, and comes first");
+                self.value(at, message, "put the narrower route first");
+            }
+        }
+    }
+
+    fn upstreams(&mut self, config: &mut Config) {
+        let root = Path::default();
+        let path = root.key("upstreams");
+        if config.upstreams.is_empty() && self.reading.is_intact(&path) {
+            self.empty(&root, "upstreams", "one or more, such as `llama: { backends: [10.0.0.1:8000] }`");
+        }
+        for (name, upstream) in &mut config.upstreams {
+            let path = path.key(name);
+            if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+                let message = format!("`{name}` is no name for an upstream");
+                self.key(path.clone(), message, "letters, digits, `-`, `_` and `.`");
+            }
+            self.backends(upstream, &path);
+            self.policy(upstream, &path.key("policy"));
+            self.poll(upstream, &path);
+            if let Some(Err(message)) = upstream.api_key.as_mut().map(|secret| secret.read(self.folder)) {
+                self.value(path.key("api_key"), message, "");
+            }
+        }
+    }
+
+    fn backends(&mut self, upstream: &Upstream, path: &Path) {
+        let list = path.key("backends");
+        if upstream.backends.is_empty() && self.reading.is_intact(&list) {
+            self.empty(path, "backends", "one or more, such as `- 10.0.0.1:8000`");
+        }
+        let mut seen = BTreeMap::new();
+        for (index, backend) in upstream.backends.iter().enumerate() {
+            let at = self.reading.item(&list, index);
+            if let Some(first) = seen.get(&backend.address) {
+                let message = format!("backend `{}` is listed twice, first as {first}", backend.address);
+                self.value(at.key("address"), message, "give it a `weight` to send it more");
+            } else {
+                seen.insert(&backend.address, at);
+            }
+        }
+    }
+
+    fn policy(&mut self, upstream: &Upstream, path: &Path) {
+        let options = match &upstream.policy {
+            PolicyConfig::LeastPendingTokens(options) => vec![
+                ("request_tokens", options.request_tokens, 0.0, "0 or more"),
+                ("context_factor", options.context_factor, 0.0, "0 or more"),
+                ("uncached_factor", options.uncached_factor, 1.0, "1 or more"),
+            ],
+            PolicyConfig::PrefixHash(options) => {
+                vec![("load_factor", options.load_factor, 1.0 + f64::EPSILON, "above 1")]
+            }
+            PolicyConfig::LeastConnections | PolicyConfig::RoundRobin | PolicyConfig::RandomTwo => Vec::new(),
+        };
+        for (key, number, least, range) in options {
+            if !(number.is_finite() && number >= least) {
+                let message = format!("expected a number {range}, found {number}");
+                self.value(path.key(upstream.policy.name()).key(key), message, "");
+            }
+        }
+    }
+
+    fn poll(&mut self, upstream: &Upstream, path: &Path) {
+        let written = upstream.poll.as_ref().is_some_and(|poll| poll.path.is_some());
+        let engine = upstream.engine;
+        if written && engine.preset().metrics_path.is_none() && self.reading.is_intact(&path.key("engine")) {
+            let message = format!("engine `{}` has no metrics that could be read", engine.name());
+            self.value(
+                path.key("poll").key("path"),
+                message,
+                "say which `engine` the backends run, or `poll: off`",
+            );
+        }
+    }
+
+    /// Without routes the model decides, so it must not be served by two upstreams.
+    fn models(&mut self, config: &Config) {
+        if !config.routes.is_empty() || !self.reading.is_intact(&Path::default().key("routes")) {
+            return;
+        }
+        let mut served: BTreeMap<&str, &str> = BTreeMap::new();
+        for (name, upstream) in &config.upstreams {
+            let path = Path::default().key("upstreams").key(name).key("models");
+            let models: Vec<(&str, Path)> = match &upstream.models {
+                Models::Discover => Vec::new(),
+                Models::Any => vec![("any", path)],
+                Models::List(list) => list
+                    .iter()
+                    .enumerate()
+                    .map(|(index, model)| (model.as_str(), self.reading.item(&path, index)))
+                    .collect(),
+            };
+            for (model, at) in models {
+                match served.get(model) {
+                    Some(other) if other != name => {
+                        let message = format!(
+                            "upstreams `{other}` and `{name}` both serve `{model}`, and no route decides"
+                        );
+                        self.value(at, message, "");
+                    }
+                    Some(_) => {}
+                    None => {
+                        served.insert(model, name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether two addresses cannot be listened on at once: the same port of the same host, or of all hosts.
+fn clash(a: &str, b: &str) -> bool {
+    let (Some((a_host, a_port)), Some((b_host, b_port))) = (a.rsplit_once(':'), b.rsplit_once(':')) else {
+        return false;
+    };
+    let is_every = |host: &str| matches!(host, "0.0.0.0" | "[::]");
+    a_port.parse::<u16>() == b_port.parse::<u16>()
+        && (a_host.eq_ignore_ascii_case(b_host) || is_every(a_host) || is_every(b_host))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_clash_on_the_same_port_of_the_same_or_of_every_host() {
+        assert!(clash("127.0.0.1:80", "127.0.0.1:80"));
+        assert!(clash("0.0.0.0:80", "127.0.0.1:80"));
+        assert!(clash("[::1]:80", "[::]:080"));
+        assert!(!clash("127.0.0.1:80", "127.0.0.2:80"));
+        assert!(!clash("0.0.0.0:80", "0.0.0.0:81"));
+    }
+}

@@ -1,0 +1,136 @@
+//! YAML in, checked values out; or everything that is wrong with it, at once.
+//!
+//! ```text
+//! text --tree--> Tree --strike(decode)--> Config --check--> Config
+//!                  \________ flaws ______/______ flaws _____/
+//!                                   \--place--> Report
+//! ```
+//!
+//! A value of the file is read by a serde type ([`mod@file`], [`upstream`], [`route`]) whose forms are in
+//! `units`. Serde stops at the first error, so `strike` takes out what was refused and reads again; `check`
+//! then looks at what no single value shows; `place` finds where each flaw stands; [`report`] shows it.
+
+mod check;
+mod decode;
+pub mod file;
+mod place;
+pub mod report;
+pub mod route;
+pub mod secret;
+mod strike;
+mod tree;
+mod units;
+pub mod upstream;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+pub use file::{Admin, Config, Limits, Listener, ListenerTls, Observe, Server};
+pub use report::{Problem, Report};
+pub use route::{HostPattern, ModelPattern, Route};
+pub use secret::Secret;
+pub use upstream::{Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream};
+
+use place::Place;
+use strike::Reading;
+use tree::{NotATree, Tree};
+
+/// Reads, completes and checks the file at `path`. Relative paths in it are below its folder.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn load(path: &Path) -> Result<Config, Report> {
+    let name = path.display().to_string();
+    let of_file = |message: String| Report::new(&name, "", vec![Problem::of_file(message)]);
+    let bytes =
+        read_file(path).map_err(|error| of_file(format!("cannot read the configuration: {error}")))?;
+    let folder = path.parent().unwrap_or_else(|| Path::new(""));
+    match String::from_utf8(bytes) {
+        Ok(text) => parse(&name, &text, folder),
+        Err(error) => {
+            let text = String::from_utf8_lossy(error.as_bytes());
+            let sound = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let place = Place::end_of(&String::from_utf8_lossy(sound));
+            let message = "not UTF-8 from here on".to_owned();
+            Err(Report::new(&name, &text, vec![Problem::of_text(message, String::new(), place)]))
+        }
+    }
+}
+
+/// Completes and checks `text`, called `name` in the report. Relative paths in it are below `folder`.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn parse(name: &str, text: &str, folder: &Path) -> Result<Config, Report> {
+    let refused = |problem: Problem| Report::new(name, text, vec![problem]);
+    if let Some((before, c)) = text.find(is_forbidden).map(|at| text.split_at(at)) {
+        let code = c.chars().next().map_or(0, u32::from);
+        let message = format!("control character U+{code:04X}");
+        return Err(refused(Problem::of_text(message, String::new(), Place::end_of(before))));
+    }
+    let tree = Tree::parse(text).map_err(|error| refused(not_yaml(&error, text)))?;
+    let mut reading = Reading::of(tree);
+    let mut flaws = std::mem::take(&mut reading.flaws);
+    let mut config = reading.value.take();
+    if let Some(config) = &mut config {
+        flaws.extend(check::complete(config, &reading, folder));
+    }
+    match config {
+        Some(config) if flaws.is_empty() => Ok(config),
+        _ => {
+            let problems = flaws.into_iter().map(|flaw| Problem::placed(flaw, text)).collect();
+            Err(Report::new(name, text, problems))
+        }
+    }
+}
+
+/// No file that we are pointed to is larger than this, in bytes; a device may be endless.
+const LARGEST_FILE: u64 = 16 << 20;
+
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(LARGEST_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST_FILE {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 16 MiB"));
+    }
+    Ok(bytes)
+}
+
+/// The YAML parser refuses these too, but does not say where they are.
+fn is_forbidden(c: char) -> bool {
+    (c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}')) || matches!(c, '\u{fffe}' | '\u{ffff}')
+}
+
+/// Why the text is no tree, with the parser's sentence cut down to what helps.
+fn not_yaml(error: &NotATree, text: &str) -> Problem {
+    let place = Place::of_error(&error.yaml);
+    if let Some(ours) = &error.ours {
+        return Problem::of_text(ours.clone(), String::new(), place);
+    }
+    let sentence = error.yaml.to_string();
+    if sentence.contains("more than one document") {
+        let second = place::lines(text).enumerate().filter(|(_, line)| line.starts_with("---")).last();
+        let place = second.map_or(Place::START, |(index, _)| Place { line: index + 1, column: 1 });
+        return Problem::of_text("a second YAML document in the file".to_owned(), String::new(), place);
+    }
+    let what = sentence.split(" at line ").next().unwrap_or_default();
+    let source = place::lines(text).nth(place.line - 1).unwrap_or_default();
+    let hint = if source.chars().nth(place.column - 1) == Some('\t') {
+        "a tab; YAML is indented with spaces".to_owned()
+    } else if what.contains("did not find expected") || what.contains("mapping values are not allowed") {
+        // The parser names two places: where it gave up, and where the list or map began that it was in.
+        let began = sentence.rsplit(" at line ").next().and_then(|rest| rest.split(' ').next());
+        let since = match began.map(str::parse::<usize>) {
+            Some(Ok(line)) if line < place.line => format!(", from line {line} on"),
+            _ => String::new(),
+        };
+        format!("look at indentation, brackets and quotes{since}")
+    } else {
+        String::new()
+    };
+    Problem::of_text(format!("not valid YAML: {what}"), hint, place)
+}
+
+#[cfg(test)]
+mod tests;

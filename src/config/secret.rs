@@ -1,0 +1,118 @@
+//! A secret, which the file names but does not hold.
+//!
+//! `{ env: NAME }` or `{ file: PATH }`: a configuration is copied, committed and shown, a secret is not. It
+//! is read when the configuration is loaded, and nothing prints it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error};
+
+/// A secret and where it came from. Its `Debug` shows the latter only.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret {
+    source: Source,
+    value: String,
+}
+
+/// Where a secret is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Env(String),
+    File(PathBuf),
+}
+
+impl Secret {
+    /// The secret itself: visible ASCII, so it can stand in a header.
+    pub fn expose(&self) -> &str {
+        &self.value
+    }
+
+    /// Reads the secret from its source; a relative path is below `folder`. The error is a lowercase fragment
+    /// that does not contain the secret.
+    pub(super) fn read(&mut self, folder: &Path) -> Result<(), String> {
+        let found = match &mut self.source {
+            Source::Env(name) => {
+                std::env::var(&*name).map_err(|_| format!("the environment variable `{name}` is not set"))?
+            }
+            Source::File(path) => {
+                *path = folder.join(&*path);
+                let bytes = super::read_file(path)
+                    .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+        };
+        let value = found.trim_end();
+        if value.is_empty() {
+            return Err(format!("{self} is empty"));
+        }
+        if !value.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(format!("{self} holds blanks or characters that cannot stand in a header"));
+        }
+        self.value = value.to_owned();
+        Ok(())
+    }
+}
+
+impl fmt::Display for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source {
+            Source::Env(name) => write!(f, "the environment variable `{name}`"),
+            Source::File(path) => write!(f, "`{}`", path.display()),
+        }
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret({:?})", self.source)
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Written {
+            env: Option<String>,
+            file: Option<PathBuf>,
+        }
+        let source = match Written::deserialize(deserializer)? {
+            Written { env: Some(name), file: None } => Source::Env(name),
+            Written { env: None, file: Some(path) } => Source::File(path),
+            _ => return Err(D::Error::custom("expected either `env` or `file`")),
+        };
+        Ok(Self { source, value: String::new() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_not_printed() {
+        let secret = Secret { source: Source::Env("KEY".to_owned()), value: "hunter2".to_owned() };
+        assert!(!format!("{secret:?} {secret}").contains("hunter2"));
+        assert_eq!(secret.expose(), "hunter2");
+    }
+
+    #[test]
+    fn a_secret_that_cannot_stand_in_a_header_is_refused_without_being_shown() {
+        let folder = std::env::temp_dir().join(format!("plimsoll-secret-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("good"), "sk-1234\n").unwrap();
+        std::fs::write(folder.join("split"), "sk-12\n34").unwrap();
+        std::fs::write(folder.join("empty"), "\n").unwrap();
+        let read = |name: &str| {
+            let mut secret = Secret { source: Source::File(name.into()), value: String::new() };
+            secret.read(&folder).map(|()| secret.expose().to_owned())
+        };
+        assert_eq!(read("good").unwrap(), "sk-1234");
+        assert!(!read("split").unwrap_err().contains("34"));
+        assert!(read("empty").unwrap_err().contains("is empty"));
+        assert!(read("absent").unwrap_err().contains("cannot read"));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,279 @@
+//! The files in `conf/` mean what they say, and no text makes the reader panic or lose its place.
+
+use std::collections::BTreeSet;
+use std::path::Path as FsPath;
+use std::time::Duration;
+
+use super::decode::What;
+use super::tree::Path;
+use super::*;
+use crate::policy::PolicyConfig;
+
+const MINIMAL: &str = include_str!("../../conf/minimal.yaml");
+const REFERENCE: &str = include_str!("../../conf/reference.yaml");
+
+fn read(text: &str) -> Config {
+    match parse("test.yaml", text, FsPath::new("/etc/plimsoll")) {
+        Ok(config) => config,
+        Err(report) => panic!("{report}"),
+    }
+}
+
+fn messages(text: &str) -> Vec<String> {
+    let report = parse("test.yaml", text, FsPath::new("/nowhere")).unwrap_err();
+    report.problems().iter().map(|problem| problem.message().to_owned()).collect()
+}
+
+/// The reference with its examples switched on: `#key` and `#  key` are examples, `# Word` is prose.
+fn reference_with_examples() -> String {
+    let switch_on = |line: &str| {
+        let indent = line.len() - line.trim_start().len();
+        match line.trim_start().strip_prefix('#') {
+            Some(rest) if !rest.is_empty() && (!rest.starts_with(' ') || rest.starts_with("  ")) => {
+                format!("{}{rest}\n", &line[..indent])
+            }
+            _ => format!("{line}\n"),
+        }
+    };
+    REFERENCE.lines().map(switch_on).collect()
+}
+
+#[test]
+fn the_reference_states_the_defaults() {
+    let defaults = "listeners: [{address: '0.0.0.0:8080'}]\n\
+                    upstreams: {llama: {backends: ['127.0.0.1:8000', '127.0.0.1:8001']}}";
+    assert_eq!(read(REFERENCE), read(defaults));
+}
+
+#[test]
+fn every_key_there_is_stands_in_the_reference() {
+    let text = reference_with_examples();
+    let tree = Tree::parse(&text).unwrap_or_else(|error| panic!("{error:?}\n{text}"));
+    assert!(Reading::<Config>::of(tree.clone()).flaws.is_empty());
+    let mut maps_of_known_keys = 0;
+    for (path, map) in maps(&tree, &Path::default()) {
+        if let Some(known) = known_keys(&tree, &path) {
+            maps_of_known_keys += 1;
+            // A secret is in one place or the other; `qwen` shows only what `llama` does not.
+            let partial = path.to_string().ends_with("api_key") || path.to_string() == "upstreams.qwen";
+            let written: BTreeSet<&str> = map.iter().map(String::as_str).collect();
+            assert!(
+                partial || written == known,
+                "{path}: there are {known:?}, the reference has {written:?}"
+            );
+        }
+    }
+    assert!(maps_of_known_keys >= 20, "only {maps_of_known_keys} maps were looked at");
+}
+
+/// The keys of every map in `tree`, with its path.
+fn maps(tree: &Tree, path: &Path) -> Vec<(Path, Vec<String>)> {
+    match tree {
+        Tree::Map(entries) => {
+            let inner = entries.iter().flat_map(|(key, value)| maps(value, &path.key(key)));
+            std::iter::once((path.clone(), entries.keys().cloned().collect())).chain(inner).collect()
+        }
+        Tree::List(items) => {
+            items.iter().flatten().enumerate().flat_map(|(n, item)| maps(item, &path.item(n))).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// What may stand in the map at `path`: an unknown key makes serde tell.
+fn known_keys(tree: &Tree, path: &Path) -> Option<BTreeSet<&'static str>> {
+    let mut tree = tree.clone();
+    let intruder = "~intruder".to_owned();
+    match tree.at_mut(&path.0) {
+        Some(Tree::Map(entries)) => entries.insert(intruder, Tree::Null),
+        _ => unreachable!("a map was found at {path}"),
+    };
+    let (what, at, _) = serde::Deserialize::deserialize(&tree).map(|_: Config| ()).err()?.into_parts();
+    match what {
+        What::UnknownKey { known } if at == path.key("~intruder") => Some(known.iter().copied().collect()),
+        _ => None,
+    }
+}
+
+#[test]
+fn the_minimal_file_needs_five_lines() {
+    let config = read(MINIMAL);
+    assert_eq!(
+        MINIMAL.lines().filter(|line| !line.starts_with('#')).count(),
+        6,
+        "five, and the name of the upstream"
+    );
+    assert_eq!(
+        config.upstreams["llama"].backends[0],
+        Backend { address: "127.0.0.1:8000".to_owned(), weight: 1 }
+    );
+}
+
+#[test]
+fn both_forms_of_a_policy_are_read() {
+    let policy = |text: &str| {
+        let text = format!(
+            "listeners: [{{address: 'a:1'}}]\nupstreams: {{u: {{backends: ['b:1'], policy: {text}}}}}"
+        );
+        read(&text).upstreams["u"].policy.clone()
+    };
+    for name in PolicyConfig::NAMES {
+        assert_eq!(Some(policy(name)), PolicyConfig::by_name(name));
+        assert_eq!(Some(policy(&format!("{{ {name}: {{}} }}"))), PolicyConfig::by_name(name));
+    }
+    assert_ne!(Some(policy("{ prefix_hash: { load_factor: 2 } }")), PolicyConfig::by_name("prefix_hash"));
+}
+
+#[test]
+fn http2_follows_tls_unless_it_is_written() {
+    let listener = |text: &str| {
+        let tree = Tree::parse(&format!("listeners: [{{address: 'a:1', {text}}}]")).unwrap();
+        Reading::<Config>::of(tree).value.unwrap().listeners.remove(0).http2
+    };
+    assert!(listener("tls: {certificate: c, key: k}"));
+    assert!(!listener(""));
+    assert!(listener("http2: true"));
+    assert!(!listener("http2: false, tls: {certificate: c, key: k}"));
+}
+
+#[test]
+fn paths_are_below_the_folder_of_the_file() {
+    let config = read(&format!("{MINIMAL}server: {{pid_file: a.pid, upgrade_socket: /run/b.sock}}"));
+    assert_eq!(config.server.pid_file.as_deref(), Some(FsPath::new("/etc/plimsoll/a.pid")));
+    assert_eq!(config.server.upgrade_socket.as_deref(), Some(FsPath::new("/run/b.sock")));
+}
+
+#[test]
+fn off_switches_probes_and_polls_off_and_an_empty_section_does_not() {
+    let upstream = |text: &str| read(&format!("{MINIMAL}    {text}\n")).upstreams["llama"].clone();
+    assert_eq!(upstream("probe: off").probe_path(), None);
+    assert_eq!(upstream("poll: false").poll_path(), None);
+    assert_eq!(upstream("probe:").probe, Some(Probe::default()));
+    assert_eq!(upstream("probe: { interval: 1s }").probe.unwrap().interval, Duration::from_secs(1));
+    assert_eq!(upstream("probe: { path: /alive }").probe_path(), Some("/alive"));
+}
+
+#[test]
+fn an_upstream_that_was_refused_is_not_said_to_be_missing() {
+    let text =
+        "listeners: [{address: 'a:1'}]\nroutes: [{upstream: u}]\nupstreams: {u: 7, v: {backends: ['b:1']}}";
+    assert_eq!(
+        messages(text),
+        ["expected a map with keys such as `engine`, `policy`, `models`, found the number 7"]
+    );
+}
+
+#[test]
+fn a_list_whose_only_item_was_refused_is_not_said_to_be_empty() {
+    let found = messages("listeners: [{address: 'a:1'}]\nupstreams: {u: {backends: ['b']}}");
+    assert_eq!(found, ["expected an address such as `10.0.0.1:8000`, found `b`: the port is missing"]);
+}
+
+#[test]
+fn an_empty_file_lacks_what_is_required() {
+    for text in ["", "# nothing\n", "---\n", "{}"] {
+        assert_eq!(messages(text), ["missing key `listeners`", "missing key `upstreams`"], "{text:?}");
+    }
+}
+
+#[test]
+fn files_that_are_no_text_are_refused_with_their_name() {
+    let folder = std::env::temp_dir().join(format!("plimsoll-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("latin1.yaml"), b"# ok\na: \xe9\n").unwrap();
+    let shown = |name: &str| load(&folder.join(name)).unwrap_err().to_string();
+    assert!(shown("absent.yaml").contains("absent.yaml") && shown("absent.yaml").contains("No such file"));
+    assert!(shown("").contains("directory"), "{}", shown(""));
+    assert!(shown("latin1.yaml").contains("latin1.yaml:2:4"), "{}", shown("latin1.yaml"));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_key_and_a_certificate_that_are_swapped_are_told_apart() {
+    let folder = std::env::temp_dir().join(format!("plimsoll-pem-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let pem = |kind: &str| format!("-----BEGIN {kind}-----\nAA==\n-----END {kind}-----\n");
+    std::fs::write(folder.join("cert.pem"), pem("CERTIFICATE")).unwrap();
+    std::fs::write(folder.join("key.pem"), pem("EC PRIVATE KEY")).unwrap();
+    std::fs::write(folder.join("locked.pem"), pem("ENCRYPTED PRIVATE KEY")).unwrap();
+    let check = |certificate: &str, key: &str| {
+        let tls = format!("{{certificate: {certificate}, key: {key}}}");
+        let text =
+            format!("listeners: [{{address: 'a:1', tls: {tls}}}]\nupstreams: {{u: {{backends: ['b:1']}}}}");
+        parse("test.yaml", &text, &folder).map_err(|report| report.to_string())
+    };
+    assert_eq!(
+        check("cert.pem", "key.pem").unwrap().listeners[0].tls.as_ref().unwrap().key,
+        folder.join("key.pem")
+    );
+    let swapped = check("key.pem", "cert.pem").unwrap_err();
+    assert!(swapped.contains("is not a certificate: it holds a ec private key"), "{swapped}");
+    assert!(swapped.contains("is not a private key: it holds a certificate"), "{swapped}");
+    assert!(check("cert.pem", "locked.pem").unwrap_err().contains("passphrase"));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// Seeded: a failure prints the seed and the text it came from.
+#[test]
+fn no_mutilated_file_makes_the_reader_panic_or_lose_its_place() {
+    let whole = reference_with_examples();
+    let mut refused = 0;
+    for seed in 0..ROUNDS {
+        let text = mutilated(&whole, &mut fastrand::Rng::with_seed(seed));
+        let read = std::panic::catch_unwind(|| parse("test.yaml", &text, FsPath::new("/nowhere")));
+        let Ok(result) = read else { panic!("seed {seed} panics on:\n{text}") };
+        let Err(report) = result else { continue };
+        refused += 1;
+        assert!(!report.problems().is_empty(), "seed {seed}: refused without a problem:\n{text}");
+        for problem in report.problems() {
+            let Some((line, column)) = problem.place() else {
+                panic!("seed {seed}: no place: {problem:?}\n{text}")
+            };
+            let source = place::lines(&text).nth(line - 1);
+            let inside = source.is_some_and(|source| column <= source.chars().count() + 1);
+            assert!(inside, "seed {seed}: {line}:{column} is outside of the text: {problem:?}\n{text}");
+        }
+        assert!(report.to_string().starts_with("error: "), "seed {seed}");
+    }
+    assert!(refused > ROUNDS / 2, "only {refused} of {ROUNDS} texts were refused");
+}
+
+const ROUNDS: u64 = 400;
+
+fn mutilated(whole: &str, rng: &mut fastrand::Rng) -> String {
+    const INSTEAD: [&str; 14] = [
+        "- x",
+        "  a: b",
+        "\tx: y",
+        "]: [",
+        "&a *a",
+        "'",
+        "key: |",
+        "!tag x",
+        "- - -",
+        "? x",
+        "é\u{2028}: \r",
+        "...",
+        "---",
+        "\u{1}",
+    ];
+    let mut lines: Vec<String> = whole.lines().map(str::to_owned).collect();
+    for _ in 0..rng.usize(1..6) {
+        let at = rng.usize(..lines.len());
+        match rng.u32(..7) {
+            0 => drop(lines.remove(at)),
+            1 => lines.insert(rng.usize(..lines.len()), lines[at].clone()),
+            2 => lines[at] = rng.choice(INSTEAD).unwrap_or_default().to_owned(),
+            3 => lines.insert(at, rng.choice(INSTEAD).unwrap_or_default().to_owned()),
+            4 => lines[at] = lines[at].replacen(": ", ": 7", 1),
+            5 => lines[at].insert(0, ' '),
+            _ => lines.truncate(at + 1),
+        }
+    }
+    let mut text = lines.join("\n");
+    if rng.bool() {
+        let end = rng.usize(..=text.len());
+        text.truncate(text.floor_char_boundary(end));
+    }
+    text
+}

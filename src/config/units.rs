@@ -1,0 +1,383 @@
+//! How a value of the file is written: durations, sizes, ranges, addresses, and the few keys that take two
+//! forms.
+//!
+//! Every form is a visitor, so that what is wrong is refused where it stands and the message names the right
+//! form. A number without a unit is refused: 30 of what?
+//!
+//! | form | examples | rule |
+//! |---|---|---|
+//! | duration | `250ms` `30s` `5m` `1h` | a whole number and a unit; above zero, at most a year |
+//! | size | `512B` `64KiB` `32MiB` `1GiB` `1GB` | the same; `KB` is 1,000 and `KiB` is 1,024 |
+//! | address | `10.0.0.1:8000` `gpu-7:8000` `[::1]:8000` | host and port, nothing else |
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, MapDeserializer};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
+};
+
+use crate::policy::PolicyConfig;
+
+/// A duration such as `30s`.
+pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    deserializer.deserialize_any(Text { expected: DURATION, parse: parse_duration })
+}
+
+/// A size in bytes such as `64KiB`.
+pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    deserializer.deserialize_any(Text { expected: SIZE, parse: parse_size })
+}
+
+/// `host:port`, kept as it is written.
+pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    deserializer.deserialize_any(Address)
+}
+
+/// The path of a URL, which begins with `/`.
+pub(super) fn url_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let parse = |text: &str| {
+        let is_path = text.starts_with('/') && text.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
+        is_path.then(|| text.to_owned())
+    };
+    deserializer.deserialize_any(Text { expected: "a path that begins with `/`", parse })
+}
+
+/// [`url_path`], for a key that may be left out.
+pub(super) fn some_url_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    url_path(deserializer).map(Some)
+}
+
+/// A whole number from `MIN` to `MAX`.
+pub(super) fn between<'de, D: Deserializer<'de>, const MIN: u32, const MAX: u32>(
+    deserializer: D,
+) -> Result<u32, D::Error> {
+    deserializer.deserialize_any(Between { min: MIN, max: MAX })
+}
+
+/// [`between`], for a key that may be left out.
+pub(super) fn some_between<'de, D: Deserializer<'de>, const MIN: u32, const MAX: u32>(
+    deserializer: D,
+) -> Result<Option<u32>, D::Error> {
+    between::<_, MIN, MAX>(deserializer).map(Some)
+}
+
+/// `off` (which some YAML writers turn into `false`) or a map.
+pub(super) fn off_or<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    deserializer.deserialize_any(OffOr(PhantomData))
+}
+
+/// One value or a list of at least one.
+pub(super) fn one_or_many<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_any(OneOrMany(PhantomData))
+}
+
+/// The name of a policy, or a map of that one name to the policy's options.
+pub(super) fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PolicyConfig, D::Error> {
+    deserializer.deserialize_any(NameOrMap)
+}
+
+/// What a duration looks like.
+pub(super) const DURATION: &str = "a duration such as `30s` or `250ms`";
+const SIZE: &str = "a size such as `64KiB` or `32MiB`";
+
+/// Longer than anything one would wait for, and far from the limits of every timer.
+const LONGEST: Duration = Duration::from_secs(366 * 24 * 3_600);
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let (number, unit) = number_and_unit(text)?;
+    let duration = match unit {
+        "ms" => Duration::from_millis(number),
+        "s" => Duration::from_secs(number),
+        "m" => Duration::from_secs(number.checked_mul(60)?),
+        "h" => Duration::from_secs(number.checked_mul(3_600)?),
+        _ => return None,
+    };
+    (duration > Duration::ZERO && duration <= LONGEST).then_some(duration)
+}
+
+fn parse_size(text: &str) -> Option<u64> {
+    let (number, unit) = number_and_unit(text)?;
+    let bytes = match unit {
+        "B" => 1,
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(bytes).filter(|size| *size > 0)
+}
+
+fn number_and_unit(text: &str) -> Option<(u64, &str)> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
+    Some((text[..unit_at].parse().ok()?, &text[unit_at..]))
+}
+
+/// What is wrong with an address, in words that follow "an address such as ..."; `None` if nothing is.
+fn address_flaw(text: &str) -> Option<&'static str> {
+    if text.contains("://") {
+        return Some(": no scheme (for TLS there is the key `tls`)");
+    }
+    if text.contains('/') {
+        return Some(": no path");
+    }
+    let Some((host, port)) = text.rsplit_once(':') else { return Some(": the port is missing") };
+    if let Some(inner) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        let is_ip = inner.parse::<std::net::Ipv6Addr>().is_ok();
+        return if is_ip { port_flaw(port) } else { Some(": no IPv6 address in the brackets") };
+    }
+    if host.contains(':') {
+        return Some(": an IPv6 address needs brackets, as in `[::1]:8000`");
+    }
+    let is_label = |label: &str| {
+        !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    };
+    if host.is_empty() || host == "*" {
+        return Some(": the host is missing (`0.0.0.0` is all of IPv4, `[::]` all of IPv6)");
+    }
+    let looks_like_ip = host.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    if !host.split('.').all(is_label) || (looks_like_ip && host.parse::<std::net::Ipv4Addr>().is_err()) {
+        return Some(": no such host name or IP address can be");
+    }
+    port_flaw(port)
+}
+
+fn port_flaw(port: &str) -> Option<&'static str> {
+    let is_port = port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    (!is_port).then_some(": the port is a number from 1 to 65535")
+}
+
+/// A string that `parse` understands.
+struct Text<F> {
+    expected: &'static str,
+    parse: F,
+}
+
+impl<T, F: Fn(&str) -> Option<T>> Visitor<'_> for Text<F> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+        (self.parse)(text).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+    }
+}
+
+struct Address;
+
+impl Visitor<'_> for Address {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an address such as `10.0.0.1:8000`")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
+        check_address(text)?;
+        Ok(text.to_owned())
+    }
+}
+
+/// Refuses what is not `host:port`, and says why.
+pub(super) fn check_address<E: Error>(text: &str) -> Result<(), E> {
+    match address_flaw(text) {
+        None => Ok(()),
+        Some(flaw) => {
+            let found = if text.is_empty() { "an empty string".to_owned() } else { format!("`{text}`") };
+            Err(E::custom(format!("expected an address such as `10.0.0.1:8000`, found {found}{flaw}")))
+        }
+    }
+}
+
+struct Between {
+    min: u32,
+    max: u32,
+}
+
+impl Visitor<'_> for Between {
+    type Value = u32;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a whole number from {} to {}", self.min, self.max)
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<u32, E> {
+        match u32::try_from(number) {
+            Ok(small) if (self.min..=self.max).contains(&small) => Ok(small),
+            _ => Err(E::invalid_value(Unexpected::Unsigned(number), &self)),
+        }
+    }
+}
+
+struct OffOr<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for OffOr<T> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`off` or a map of options")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Option<T>, E> {
+        if text == "off" { Ok(None) } else { Err(E::invalid_value(Unexpected::Str(text), &self)) }
+    }
+
+    fn visit_bool<E: Error>(self, on: bool) -> Result<Option<T>, E> {
+        if on { Err(E::invalid_value(Unexpected::Bool(on), &self)) } else { Ok(None) }
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Option<T>, E> {
+        T::deserialize(MapDeserializer::new(std::iter::empty::<(&str, &str)>())).map(Some)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Option<T>, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Some)
+    }
+}
+
+struct OneOrMany<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrMany<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name or a list of names")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
+        T::deserialize(text.into_deserializer()).map(|one| vec![one])
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut many = Vec::new();
+        while let Some(one) = list.next_element()? {
+            many.push(one);
+        }
+        if many.is_empty() {
+            Err(A::Error::custom("expected at least one name, found none"))
+        } else {
+            Ok(many)
+        }
+    }
+}
+
+struct NameOrMap;
+
+impl<'de> Visitor<'de> for NameOrMap {
+    type Value = PolicyConfig;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a policy such as `least_pending_tokens`, or a map of one policy to its options")
+    }
+
+    fn visit_str<E: Error>(self, name: &str) -> Result<PolicyConfig, E> {
+        PolicyConfig::by_name(name).ok_or_else(|| E::unknown_variant(name, PolicyConfig::NAMES))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PolicyConfig, A::Error> {
+        let Some(named) = map.next_key_seed(PolicyName)? else {
+            return Err(A::Error::invalid_type(Unexpected::Other("an empty map"), &self));
+        };
+        let policy = match named {
+            PolicyConfig::LeastPendingTokens(_) => PolicyConfig::LeastPendingTokens(map.next_value()?),
+            PolicyConfig::PrefixHash(_) => PolicyConfig::PrefixHash(map.next_value()?),
+            plain @ (PolicyConfig::LeastConnections | PolicyConfig::RoundRobin | PolicyConfig::RandomTwo) => {
+                let NoOptions {} = map.next_value()?;
+                plain
+            }
+        };
+        match map.next_key_seed(PolicyName)? {
+            None => Ok(policy),
+            Some(_) => Err(A::Error::custom("expected one policy, found several")),
+        }
+    }
+}
+
+/// The options of a policy that has none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoOptions {}
+
+/// The key of a policy map, refused as a key if it is no policy.
+struct PolicyName;
+
+impl<'de> DeserializeSeed<'de> for PolicyName {
+    type Value = PolicyConfig;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<PolicyConfig, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        PolicyConfig::by_name(&name).ok_or_else(|| Error::unknown_variant(&name, PolicyConfig::NAMES))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_need_a_unit_and_are_longer_than_nothing() {
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
+        assert_eq!(parse_duration("1h"), Some(Duration::from_secs(3_600)));
+        let wrong =
+            ["30", "0s", "s", "", "1.5s", "-1s", "30 s", "30sec", "9000h", "99999999999999999999s", "٣s"];
+        for text in wrong {
+            assert_eq!(parse_duration(text), None, "{text}");
+        }
+        assert_eq!(parse_duration(&format!("{}h", u64::MAX)), None, "must not overflow");
+    }
+
+    #[test]
+    fn sizes_tell_thousands_from_powers_of_two() {
+        assert_eq!(parse_size("512B"), Some(512));
+        assert_eq!(parse_size("64KiB"), Some(65_536));
+        assert_eq!(parse_size("64KB"), Some(64_000));
+        assert_eq!(parse_size("2GB"), Some(2_000_000_000));
+        for text in ["64", "0B", "64K", "64kib", "1TiB", "18446744073709551615GiB"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_a_host_and_a_port() {
+        for text in ["10.0.0.1:8000", "localhost:1", "gpu-7.rack_2.internal:65535", "[::1]:8000"] {
+            assert_eq!(address_flaw(text), None, "{text}");
+        }
+        let wrong = [
+            ("10.0.0.1", "port is missing"),
+            ("http://10.0.0.1:8000", "no scheme"),
+            ("10.0.0.1:8000/v1", "no path"),
+            (":8000", "host is missing"),
+            ("*:8000", "host is missing"),
+            ("::1:8000", "needs brackets"),
+            ("[gpu]:8000", "IPv6"),
+            ("gpu:0", "1 to 65535"),
+            ("gpu:65536", "1 to 65535"),
+            ("gpu:+80", "1 to 65535"),
+            ("gpu:", "1 to 65535"),
+            ("10.0.0.300:80", "no such host"),
+            ("10.0.0:80", "no such host"),
+            ("a..b:80", "no such host"),
+            ("a b:80", "no such host"),
+        ];
+        for (text, why) in wrong {
+            assert!(
+                address_flaw(text).is_some_and(|flaw| flaw.contains(why)),
+                "{text}: {:?}",
+                address_flaw(text)
+            );
+        }
+    }
+}
