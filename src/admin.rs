@@ -1,0 +1,113 @@
+//! The admin listener: metrics, liveness, readiness, and the state of every backend.
+//!
+//! It has a listener and threads of its own, so that a scrape never waits behind traffic, and is meant for loopback.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use http::{Response, StatusCode, header};
+use pingora::apps::http_app::ServeHttp;
+use pingora::protocols::http::ServerSession;
+use serde_json::{Value, json};
+
+use crate::balance::State;
+use crate::observe::metrics::Metrics;
+use crate::upstream::Upstream;
+
+/// The application behind the admin listener.
+pub struct Admin {
+    upstreams: Vec<Arc<Upstream>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Admin {
+    /// The admin of these upstreams.
+    pub fn new(upstreams: Vec<Arc<Upstream>>, metrics: Arc<Metrics>) -> Self {
+        Self { upstreams, metrics }
+    }
+
+    fn exposition(&self) -> Vec<u8> {
+        for upstream in &self.upstreams {
+            self.metrics.set_states(&upstream.name, &upstream.states());
+        }
+        self.metrics.exposition()
+    }
+
+    fn status(&self) -> Value {
+        let upstreams: serde_json::Map<_, _> = self
+            .upstreams
+            .iter()
+            .map(|upstream| {
+                let backends: Vec<_> = upstream.states().iter().map(backend).collect();
+                let policy = upstream.config.policy.name();
+                (upstream.name.clone(), json!({ "policy": policy, "backends": backends }))
+            })
+            .collect();
+        json!({ "version": env!("CARGO_PKG_VERSION"), "upstreams": upstreams })
+    }
+}
+
+#[async_trait]
+impl ServeHttp for Admin {
+    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
+        let request = session.req_header();
+        if request.method != http::Method::GET && request.method != http::Method::HEAD {
+            return answer(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"only GET\n".to_vec());
+        }
+        match request.uri.path() {
+            "/metrics" => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
+            "/livez" => answer(StatusCode::OK, "text/plain", b"ok\n".to_vec()),
+            "/readyz" => {
+                let without: Vec<_> =
+                    self.upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
+                if without.len() < self.upstreams.len() {
+                    answer(StatusCode::OK, "text/plain", b"ok\n".to_vec())
+                } else {
+                    let reason = format!("no backend is up in: {}\n", without.join(", "));
+                    answer(StatusCode::SERVICE_UNAVAILABLE, "text/plain", reason.into_bytes())
+                }
+            }
+            "/status" => {
+                answer(StatusCode::OK, "application/json", format!("{:#}\n", self.status()).into_bytes())
+            }
+            _ => answer(
+                StatusCode::NOT_FOUND,
+                "text/plain",
+                b"there is /metrics, /status, /livez and /readyz\n".to_vec(),
+            ),
+        }
+    }
+}
+
+fn backend(state: &State) -> Value {
+    let reading = state.reading.map(|(reading, age)| {
+        json!({
+            "running": reading.running,
+            "waiting": reading.waiting,
+            "kv_usage": reading.kv_usage,
+            "age_seconds": age.as_secs_f64(),
+        })
+    });
+    json!({
+        "address": state.address.to_string(),
+        "weight": state.weight,
+        "healthy": state.healthy,
+        "ejected": state.ejected,
+        "cooling": state.cooling,
+        "pending_tokens": state.account.pending_tokens,
+        "active_requests": state.account.active_requests,
+        "context_tokens": state.account.context_tokens,
+        "share": state.share,
+        "prefix_blocks": state.prefix_blocks,
+        "engine": reading,
+    })
+}
+
+fn answer(status: StatusCode, kind: &'static str, body: Vec<u8>) -> Response<Vec<u8>> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    let length = response.body().len();
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response.headers_mut().insert(header::CONTENT_LENGTH, header::HeaderValue::from(length));
+    response
+}

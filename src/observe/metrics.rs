@@ -1,0 +1,366 @@
+//! Every metric there is, in one table, with its help text.
+//!
+//! Counters and histograms are resolved per backend once, when the backend joins ([`BackendMetrics`]), so that nothing on the path
+//! of a request or of a stream's event looks up a label. All series exist from the start, at zero, so that `increase()` sees the first event.
+//! Gauges that mirror state are set from a snapshot when they are scraped, by [`Metrics::set_states`].
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use super::Outcome;
+use crate::balance::State;
+use crate::policy::Reason;
+
+/// Result of registering metrics.
+type Result<T> = std::result::Result<T, prometheus::Error>;
+
+/// The metrics of the process.
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    attempts: IntCounterVec,
+    ttft: HistogramVec,
+    event_gap: HistogramVec,
+    tokens: IntCounterVec,
+    stream_reads: IntCounterVec,
+    retries: IntCounterVec,
+    ejections: IntCounterVec,
+    choices: IntCounterVec,
+    state: StateGauges,
+    queued: IntGaugeVec,
+    /// Bytes of request bodies held in memory.
+    pub buffered_body_bytes: IntGauge,
+}
+
+/// The gauges that mirror [`State`], labelled by upstream and backend.
+struct StateGauges {
+    pending_tokens: IntGaugeVec,
+    active_requests: IntGaugeVec,
+    context_tokens: IntGaugeVec,
+    traffic_share: GaugeVec,
+    up: IntGaugeVec,
+    engine_waiting: IntGaugeVec,
+    engine_running: IntGaugeVec,
+    engine_kv_usage: GaugeVec,
+    poll_age: GaugeVec,
+}
+
+/// The counters of one backend.
+#[derive(Clone)]
+pub struct BackendMetrics {
+    /// Requests by outcome, in the order of [`Outcome::ALL`].
+    requests: [IntCounter; Outcome::ALL.len()],
+    /// Attempts sent to it.
+    pub attempts: IntCounter,
+    /// Seconds from arrival of the request to the first content byte.
+    pub ttft: Histogram,
+    /// Seconds between two reads of a stream.
+    pub event_gap: Histogram,
+    /// Prompt tokens, as the engine reported them.
+    pub prompt_tokens: IntCounter,
+    /// Generated tokens, as the engine reported them.
+    pub completion_tokens: IntCounter,
+    /// Prompt tokens served from the engine's cache, as it reported them.
+    pub cached_tokens: IntCounter,
+    /// Reads of a response body that were passed on.
+    pub stream_reads: IntCounter,
+}
+
+impl BackendMetrics {
+    /// Counts a request that ended so.
+    pub fn count(&self, outcome: Outcome) {
+        self.requests[outcome as usize].inc();
+    }
+}
+
+/// The counters of one upstream that belong to none of its backends.
+#[derive(Clone)]
+pub struct UpstreamMetrics {
+    /// Choices by reason, in the order of [`Reason::ALL`].
+    choices: [IntCounter; Reason::ALL.len()],
+    retries: IntCounterVec,
+    ejections: IntCounterVec,
+    /// Requests waiting for room.
+    pub queued: IntGauge,
+    name: String,
+}
+
+impl UpstreamMetrics {
+    /// Counts a choice made for `reason`.
+    pub fn chose(&self, reason: Reason) {
+        self.choices[reason as usize].inc();
+    }
+
+    /// Counts a retry after a failure of that name.
+    pub fn retried(&self, failure: &str) {
+        self.retries.with_label_values(&[self.name.as_str(), failure]).inc();
+    }
+
+    /// Counts an ejection of `backend` after a failure of that name.
+    pub fn ejected(&self, backend: &str, failure: &str) {
+        self.ejections.with_label_values(&[self.name.as_str(), backend, failure]).inc();
+    }
+}
+
+const BACKEND: &[&str] = &["upstream", "backend"];
+
+/// Seconds to the first token: from a cached prefix on an idle GPU to a long queue.
+const TTFT_BUCKETS: &[f64] = &[
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0,
+    300.0, 600.0,
+];
+
+/// Seconds between events: from a small model to a preempted stream.
+const GAP_BUCKETS: &[f64] = &[
+    0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+];
+
+impl Metrics {
+    /// Registers every metric. Errors only if two had one name.
+    pub fn new() -> Result<Self> {
+        let r = Registry::new();
+        Ok(Self {
+            requests: counters(
+                &r,
+                "requests_total",
+                "Requests by backend and how they ended.",
+                &["upstream", "backend", "outcome"],
+            )?,
+            attempts: counters(
+                &r,
+                "attempts_total",
+                "Attempts sent to a backend, retries included.",
+                BACKEND,
+            )?,
+            ttft: histograms(
+                &r,
+                "ttft_seconds",
+                "Time from a request's arrival to its first content byte.",
+                TTFT_BUCKETS,
+            )?,
+            event_gap: histograms(
+                &r,
+                "event_gap_seconds",
+                "Time between two reads of a stream.",
+                GAP_BUCKETS,
+            )?,
+            tokens: counters(
+                &r,
+                "tokens_total",
+                "Tokens by kind, as engines report them in `usage`.",
+                &["upstream", "backend", "kind"],
+            )?,
+            stream_reads: counters(
+                &r,
+                "stream_reads_total",
+                "Reads of response bodies passed on to clients.",
+                BACKEND,
+            )?,
+            retries: counters(
+                &r,
+                "retries_total",
+                "Further attempts, by the failure that caused them.",
+                &["upstream", "reason"],
+            )?,
+            ejections: counters(
+                &r,
+                "ejections_total",
+                "Backends ejected, by the last failure.",
+                &["upstream", "backend", "reason"],
+            )?,
+            choices: counters(
+                &r,
+                "choices_total",
+                "Choices of a backend, by reason.",
+                &["upstream", "reason"],
+            )?,
+            state: StateGauges {
+                pending_tokens: gauges(
+                    &r,
+                    "pending_tokens",
+                    "Uncached prompt tokens sent and not yet answered, by our own ledger.",
+                    BACKEND,
+                )?,
+                active_requests: gauges(
+                    &r,
+                    "active_requests",
+                    "Requests in flight, by our own ledger.",
+                    BACKEND,
+                )?,
+                context_tokens: gauges(
+                    &r,
+                    "context_tokens",
+                    "Prompt tokens of requests in flight, by our own ledger.",
+                    BACKEND,
+                )?,
+                traffic_share: float_gauges(
+                    &r,
+                    "traffic_share",
+                    "Part of the upstream's requests of the last 10 s, 0 to 1.",
+                )?,
+                up: gauges(
+                    &r,
+                    "backend_up",
+                    "1 if the backend is in rotation: probes pass, not ejected.",
+                    BACKEND,
+                )?,
+                engine_waiting: gauges(
+                    &r,
+                    "engine_waiting",
+                    "Requests waiting in the engine, at the last poll.",
+                    BACKEND,
+                )?,
+                engine_running: gauges(
+                    &r,
+                    "engine_running",
+                    "Requests running in the engine, at the last poll.",
+                    BACKEND,
+                )?,
+                engine_kv_usage: float_gauges(
+                    &r,
+                    "engine_kv_usage",
+                    "Part of the engine's KV cache in use at the last poll, 0 to 1.",
+                )?,
+                poll_age: float_gauges(&r, "poll_age_seconds", "Age of the engine's last readings.")?,
+            },
+            queued: gauges(
+                &r,
+                "queued_requests",
+                "Requests waiting for a backend with room.",
+                &["upstream"],
+            )?,
+            buffered_body_bytes: register(
+                &r,
+                IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?,
+            )?,
+            registry: r,
+        })
+    }
+
+    /// The counters of a backend, all present at zero from now on.
+    pub fn backend(&self, upstream: &str, backend: &str) -> BackendMetrics {
+        let labels = &[upstream, backend];
+        let tokens = |kind| self.tokens.with_label_values(&[upstream, backend, kind]);
+        BackendMetrics {
+            requests: Outcome::ALL.map(|o| self.requests.with_label_values(&[upstream, backend, o.name()])),
+            attempts: self.attempts.with_label_values(labels),
+            ttft: self.ttft.with_label_values(labels),
+            event_gap: self.event_gap.with_label_values(labels),
+            prompt_tokens: tokens("prompt"),
+            completion_tokens: tokens("completion"),
+            cached_tokens: tokens("cached"),
+            stream_reads: self.stream_reads.with_label_values(labels),
+        }
+    }
+
+    /// The counters of an upstream.
+    pub fn upstream(&self, upstream: &str) -> UpstreamMetrics {
+        UpstreamMetrics {
+            choices: Reason::ALL.map(|r| self.choices.with_label_values(&[upstream, r.name()])),
+            retries: self.retries.clone(),
+            ejections: self.ejections.clone(),
+            queued: self.queued.with_label_values(&[upstream]),
+            name: upstream.to_owned(),
+        }
+    }
+
+    /// Counts a request that no backend was chosen for.
+    pub fn count_without_backend(&self, upstream: &str, outcome: Outcome) {
+        self.requests.with_label_values(&[upstream, "", outcome.name()]).inc();
+    }
+
+    /// Brings the gauges of an upstream up to date.
+    pub fn set_states(&self, upstream: &str, states: &[State]) {
+        for state in states {
+            let backend = state.address.to_string();
+            let labels = &[upstream, backend.as_str()];
+            let g = &self.state;
+            g.pending_tokens.with_label_values(labels).set(state.account.pending_tokens as i64);
+            g.active_requests.with_label_values(labels).set(i64::from(state.account.active_requests));
+            g.context_tokens.with_label_values(labels).set(state.account.context_tokens as i64);
+            g.traffic_share.with_label_values(labels).set(state.share);
+            g.up.with_label_values(labels).set(i64::from(state.healthy && !state.ejected));
+            let Some((reading, age)) = state.reading else { continue };
+            g.poll_age.with_label_values(labels).set(age.as_secs_f64());
+            if let Some(waiting) = reading.waiting {
+                g.engine_waiting.with_label_values(labels).set(waiting as i64);
+            }
+            if let Some(running) = reading.running {
+                g.engine_running.with_label_values(labels).set(running as i64);
+            }
+            if let Some(kv_usage) = reading.kv_usage {
+                g.engine_kv_usage.with_label_values(labels).set(kv_usage);
+            }
+        }
+    }
+
+    /// All metrics in the Prometheus text format.
+    pub fn exposition(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(64 * 1024);
+        if let Err(e) = TextEncoder::new().encode(&self.registry.gather(), &mut out) {
+            log::error!("metrics cannot be written: {e}");
+        }
+        out
+    }
+}
+
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(name, help).namespace("plimsoll")
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec> {
+    register(registry, IntCounterVec::new(opts(name, help), labels)?)
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec> {
+    register(registry, IntGaugeVec::new(opts(name, help), labels)?)
+}
+
+fn float_gauges(registry: &Registry, name: &str, help: &str) -> Result<GaugeVec> {
+    register(registry, GaugeVec::new(opts(name, help), BACKEND)?)
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Result<HistogramVec> {
+    let opts = HistogramOpts::from(opts(name, help)).buckets(buckets.to_vec());
+    register(registry, HistogramVec::new(opts, BACKEND)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_shows_every_outcome_at_zero_before_its_first_request() {
+        let metrics = Metrics::new().unwrap();
+        let backend = metrics.backend("llama", "10.0.0.1:8000");
+        let text = String::from_utf8(metrics.exposition()).unwrap();
+        for outcome in Outcome::ALL {
+            let line = format!(
+                r#"plimsoll_requests_total{{backend="10.0.0.1:8000",outcome="{}",upstream="llama"}} 0"#,
+                outcome.name()
+            );
+            assert!(text.contains(&line), "{line} is missing in\n{text}");
+        }
+        backend.count(Outcome::Cut);
+        let text = String::from_utf8(metrics.exposition()).unwrap();
+        assert!(text.contains(r#"outcome="cut",upstream="llama"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn outcomes_and_reasons_index_their_own_counters() {
+        for (index, outcome) in Outcome::ALL.iter().enumerate() {
+            assert_eq!(*outcome as usize, index);
+        }
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What one request remembers, from its first byte to its log line.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pingora::http::ResponseHeader;
+use tokio::sync::Notify;
+
+use super::body::Body;
+use super::tap::{Held, Tap};
+use crate::balance::retry::Failure;
+use crate::clock::Time;
+use crate::policy::Slot;
+use crate::prompt::Digest;
+use crate::upstream::{Charge, Live, Upstream};
+
+/// How many requests are in flight.
+#[derive(Clone, Default)]
+pub struct InFlight(Arc<Count>);
+
+#[derive(Default)]
+struct Count {
+    requests: AtomicUsize,
+    none: Notify,
+}
+
+impl InFlight {
+    /// Requests in flight.
+    pub fn count(&self) -> usize {
+        self.0.requests.load(Ordering::Acquire)
+    }
+
+    /// Resolves when there is none.
+    pub async fn none(&self) {
+        loop {
+            let changed = self.0.none.notified();
+            tokio::pin!(changed);
+            // Registered before the count is read, so that the last request cannot end unnoticed in between.
+            changed.as_mut().enable();
+            if self.count() == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn enter(&self) -> Entered {
+        self.0.requests.fetch_add(1, Ordering::AcqRel);
+        Entered(self.0.clone())
+    }
+}
+
+/// One request in flight, until dropped.
+pub(super) struct Entered(Arc<Count>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.0.requests.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.none.notify_waiters();
+        }
+    }
+}
+
+/// The context of one request. It owns every guard, so that dropping it gives everything back, after a panic too.
+pub struct Context {
+    _in_flight: Entered,
+    pub(super) arrived: Time,
+    /// The request's id, from the client or made by us.
+    pub(super) id: String,
+    pub(super) body: Option<Body>,
+    pub(super) body_bytes: usize,
+    pub(super) digest: Option<Digest>,
+    /// From a session header.
+    pub(super) session: Option<u64>,
+    pub(super) prompt_tokens: u64,
+    pub(super) upstream: Option<Arc<Upstream>>,
+    /// Charged when the request was admitted, for the first attempt.
+    pub(super) admitted: Option<Charge>,
+    pub(super) attempt: Option<Attempt>,
+    /// Attempts so far.
+    pub(super) attempts: u32,
+    /// Of those, attempts that may have reached an engine.
+    pub(super) tries: u32,
+    /// Backends not to be tried again.
+    pub(super) tried: Vec<Slot>,
+    /// Faults that are held against a backend only if another one answers.
+    pub(super) suspects: Vec<(SocketAddr, Slot, Failure)>,
+    /// What a hook of ours found wrong with the attempt, and whether it shall be retried.
+    pub(super) verdict: Option<(Failure, bool)>,
+    pub(super) last_failure: Option<Failure>,
+    /// The code of our own refusal.
+    pub(super) refused: Option<&'static str>,
+    /// We answered without an upstream.
+    pub(super) local: bool,
+    /// A byte of an answer has gone downstream.
+    pub(super) committed: bool,
+    /// The pooled connection to use must be a fresh one.
+    pub(super) fresh_connection: bool,
+    pub(super) ttft: Option<std::time::Duration>,
+}
+
+/// One try on one backend.
+pub(super) struct Attempt {
+    pub(super) charge: Charge,
+    pub(super) live: Arc<Live>,
+    /// Close the connection after this request: it has had its share.
+    pub(super) close_after: bool,
+    /// The engine's header has come.
+    pub(super) header_seen: bool,
+    pub(super) status: u16,
+    pub(super) tap: Tap,
+    /// A stream's header and first bytes, until its first event has been looked at.
+    pub(super) held: Option<(Box<ResponseHeader>, Held)>,
+    pub(super) last_read: Option<Time>,
+}
+
+impl Attempt {
+    pub(super) fn new(charge: Charge, live: Arc<Live>) -> Self {
+        Self {
+            charge,
+            live,
+            close_after: false,
+            header_seen: false,
+            status: 0,
+            tap: Tap::new(false),
+            held: None,
+            last_read: None,
+        }
+    }
+}
+
+impl Context {
+    pub(super) fn new(arrived: Time, in_flight: Entered) -> Self {
+        Self {
+            _in_flight: in_flight,
+            arrived,
+            id: String::new(),
+            body: None,
+            body_bytes: 0,
+            digest: None,
+            session: None,
+            prompt_tokens: 0,
+            upstream: None,
+            admitted: None,
+            attempt: None,
+            attempts: 0,
+            tries: 0,
+            tried: Vec::new(),
+            suspects: Vec::new(),
+            verdict: None,
+            last_failure: None,
+            refused: None,
+            local: false,
+            committed: false,
+            fresh_connection: false,
+            ttft: None,
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The answers that the proxy itself gives: OpenAI-shaped JSON with a stable code.
+//!
+//! Clients of LLM servers parse `{"error": {"message", "type", "param", "code"}}`; a proxy that answers HTML or nothing breaks them. The
+//! codes are part of the interface: they are listed in the README and do not change.
+
+use bytes::Bytes;
+use pingora::http::ResponseHeader;
+use pingora_proxy::Session;
+
+/// The header that carries the request's id, both ways.
+pub(super) const REQUEST_ID: &str = "x-request-id";
+
+/// A refusal: status, stable code, words, and when to try again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) status: u16,
+    pub(super) code: &'static str,
+    pub(super) message: String,
+    /// Seconds for `Retry-After`.
+    pub(super) retry_after: Option<u64>,
+}
+
+impl Refusal {
+    fn new(status: u16, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), retry_after: None }
+    }
+
+    const fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    pub(super) fn body_too_large(limit: u64) -> Self {
+        Self::new(413, "body_too_large", format!("the request body is larger than {limit} bytes"))
+    }
+
+    pub(super) fn body_timeout() -> Self {
+        Self::new(408, "body_timeout", "the request body did not arrive in time")
+    }
+
+    pub(super) fn bad_body() -> Self {
+        Self::new(400, "bad_body", "the request body could not be read: its framing is broken")
+    }
+
+    pub(super) fn length_required() -> Self {
+        Self::new(411, "length_required", "a body of this size needs a content-length")
+    }
+
+    pub(super) fn buffers_full() -> Self {
+        Self::new(503, "buffers_full", "too many request bodies are in memory at the moment").retry_after(1)
+    }
+
+    pub(super) fn route_not_found() -> Self {
+        Self::new(404, "route_not_found", "no route leads from this host and path to an upstream")
+    }
+
+    pub(super) fn model_not_found(model: &str) -> Self {
+        Self::new(
+            404,
+            "model_not_found",
+            format!("the model `{model}` does not exist here; see GET /v1/models"),
+        )
+    }
+
+    pub(super) fn no_backend(upstream: &str) -> Self {
+        let message = format!("no backend of `{upstream}` can take the request at the moment");
+        Self::new(503, "no_backend", message).retry_after(5)
+    }
+
+    pub(super) fn queue_full() -> Self {
+        Self::new(503, "queue_full", "every backend is full and so is the queue").retry_after(5)
+    }
+
+    pub(super) fn queue_timeout() -> Self {
+        Self::new(503, "queue_timeout", "every backend has been full for too long").retry_after(5)
+    }
+
+    pub(super) fn unreachable() -> Self {
+        Self::new(502, "upstream_unreachable", "no backend could be reached")
+    }
+
+    pub(super) fn closed() -> Self {
+        Self::new(502, "upstream_closed", "the backend closed the connection before it answered")
+    }
+
+    pub(super) fn timeout() -> Self {
+        Self::new(504, "upstream_timeout", "the backend did not answer in time")
+    }
+
+    pub(super) fn internal() -> Self {
+        Self::new(500, "internal_error", "the proxy failed; its log says why")
+    }
+
+    /// The body of the answer.
+    pub(super) fn json(&self) -> String {
+        let kind = match self.status {
+            404 => "not_found_error",
+            400..=499 => "invalid_request_error",
+            _ => "server_error",
+        };
+        let error = serde_json::json!({
+            "error": { "message": self.message, "type": kind, "param": null, "code": self.code }
+        });
+        error.to_string()
+    }
+}
+
+/// Sends a refusal. The rest of the client's body, if any, is not read: the connection closes unless `keep` says it was read.
+pub(super) async fn refuse(
+    session: &mut Session,
+    id: &str,
+    refusal: &Refusal,
+    keep: bool,
+) -> pingora::Result<()> {
+    if !keep {
+        session.set_keepalive(None);
+    }
+    let mut header = json_header(refusal.status, id)?;
+    if let Some(seconds) = refusal.retry_after {
+        header.insert_header("retry-after", seconds)?;
+    }
+    send(session, header, Bytes::from(refusal.json())).await
+}
+
+/// Sends `body` as JSON.
+pub(super) async fn json(session: &mut Session, id: &str, status: u16, body: String) -> pingora::Result<()> {
+    send(session, json_header(status, id)?, Bytes::from(body)).await
+}
+
+/// The last event of a stream that broke: an error that OpenAI clients raise, and an honest end. An event that was broken off in the
+/// middle is ended first, lest the error become a part of it.
+pub(super) fn stream_cut(mid_event: bool) -> Bytes {
+    let error = Refusal::new(502, "stream_cut", "the backend broke off in the middle of its answer");
+    let end = if mid_event { "\n\n" } else { "" };
+    Bytes::from(format!("{end}data: {}\n\n", error.json()))
+}
+
+fn json_header(status: u16, id: &str) -> pingora::Result<ResponseHeader> {
+    let mut header = ResponseHeader::build(status, Some(6))?;
+    header.insert_header("content-type", "application/json")?;
+    header.insert_header("cache-control", "no-store")?;
+    header.insert_header(REQUEST_ID, id)?;
+    Ok(header)
+}
+
+async fn send(session: &mut Session, mut header: ResponseHeader, body: Bytes) -> pingora::Result<()> {
+    header.insert_header("content-length", body.len())?;
+    let head_only = session.req_header().method == http::Method::HEAD;
+    session.write_response_header(Box::new(header), head_only).await?;
+    if !head_only {
+        session.write_response_body(Some(body), true).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_the_shape_that_openai_clients_parse() {
+        let value: serde_json::Value =
+            serde_json::from_str(&Refusal::model_not_found("a\"b\n").json()).unwrap();
+        assert_eq!(value["error"]["code"], "model_not_found");
+        assert_eq!(value["error"]["type"], "not_found_error");
+        assert!(value["error"]["message"].as_str().unwrap().contains("a\"b\n"));
+        assert!(value["error"]["param"].is_null());
+    }
+}

@@ -1,0 +1,350 @@
+//! From a configuration to a running process: the wiring, and how it starts and stops.
+//!
+//! Everything that can be wrong is found out before anything is started: addresses that do not resolve or are taken, certificates that
+//! do not fit their keys. Then one Pingora server runs the proxy, the admin listener and one background service, which probes and polls the upstreams, tells systemd
+//! that we are ready, and ends the process when the last request has ended after a SIGTERM.
+
+use std::net::{TcpListener, ToSocketAddrs};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::apps::HttpServerOptions;
+use pingora::listeners::tls::TlsSettings;
+use pingora::protocols::http::v2::server::default_h2_options;
+use pingora::server::configuration::{Opt, ServerConf};
+use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora::services::background::{BackgroundService, background_service};
+use pingora::services::listening::Service;
+use pingora::tls::CryptoProvider;
+use pingora::tls::sign::{CertifiedKey, SingleCertAndKey};
+use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::Admin;
+use crate::clock::Clock;
+use crate::config::{self, Config};
+use crate::observe::metrics::Metrics;
+use crate::proxy::{InFlight, Proxy};
+use crate::upstream::{Member, Upstream};
+
+/// Pingora ends a request after so many attempts, whatever we say; ours end long before.
+const ATTEMPTS_LIMIT: usize = 64;
+
+/// HTTP/2 windows: a prompt of a megabyte should not need sixteen round trips.
+const H2_STREAM_WINDOW: u32 = 1 << 20;
+const H2_CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Why the server could not start.
+#[derive(Debug)]
+pub struct StartError(String);
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// Runs what `config` describes until a signal ends it. With `upgrade`, the listening sockets are taken over from the process
+/// that runs already.
+pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
+    let clock = Clock::start();
+    raise_open_files(config.server.open_files);
+    let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
+    let upstreams = upstreams(config, clock, &metrics)?;
+    if !upgrade {
+        check_free(config)?;
+    }
+    let mut server = Server::new_with_opt_and_conf(Opt { upgrade, ..Opt::default() }, server_conf(config));
+    server.bootstrap();
+    let proxy = Proxy::new(config, upstreams.clone(), clock, metrics.clone());
+    let in_flight = proxy.in_flight();
+    // Pingora switches plaintext HTTP/2 on per service, not per listener.
+    let (h2c, others): (Vec<_>, Vec<_>) = config.listeners.iter().partition(|l| l.http2 && l.tls.is_none());
+    for (http2_plain, listeners) in [(true, h2c), (false, others)] {
+        if listeners.is_empty() {
+            continue;
+        }
+        let mut service = proxy_service(&server.configuration, proxy.clone(), config, http2_plain);
+        for listener in listeners {
+            listen(&mut service, listener)?;
+        }
+        server.add_service(service);
+    }
+    if let Some(admin) = &config.admin {
+        let mut service = Service::new("admin".to_owned(), Admin::new(upstreams.clone(), metrics));
+        service.add_tcp(&admin.address);
+        server.add_service(service);
+    }
+    let background = Background {
+        upstreams,
+        in_flight,
+        drain_timeout: config.server.drain_timeout,
+        listeners: config.listeners.iter().map(|l| l.address.clone()).collect(),
+    };
+    server.add_service(background_service("background", background));
+    if let Some(path) = &config.server.pid_file {
+        write_pid(path)?;
+    }
+    let socket = config.server.upgrade_socket.as_ref().map(|path| path.display().to_string());
+    server.run(RunArgs { shutdown_signal: Box::new(Signals { upgrade_socket: socket }) });
+    Ok(())
+}
+
+fn upstreams(config: &Config, clock: Clock, metrics: &Metrics) -> Result<Vec<Arc<Upstream>>, StartError> {
+    config
+        .upstreams
+        .iter()
+        .map(|(name, upstream)| {
+            let members = resolve(name, &upstream.backends)?;
+            let authorization = upstream.api_key.as_ref().map(|key| format!("Bearer {}", key.expose()));
+            Ok(Upstream::new(
+                name,
+                upstream.clone(),
+                &members,
+                authorization,
+                clock,
+                metrics,
+                fastrand::u64(..),
+            ))
+        })
+        .collect()
+}
+
+/// The addresses of an upstream's backends; a name with several addresses is several backends.
+fn resolve(upstream: &str, backends: &[config::Backend]) -> Result<Vec<Member>, StartError> {
+    let mut members: Vec<Member> = Vec::new();
+    for backend in backends {
+        let addresses = backend.address.to_socket_addrs().map_err(|e| {
+            StartError(format!("upstream `{upstream}`: backend {} does not resolve: {e}", backend.address))
+        })?;
+        for address in addresses {
+            if !members.iter().any(|known| known.address == address) {
+                let host = backend.address.rsplit_once(':').map_or("", |(host, _)| host);
+                members.push(Member { address, weight: backend.weight, host: host.to_owned() });
+            }
+        }
+    }
+    Ok(members)
+}
+
+fn server_conf(config: &Config) -> ServerConf {
+    let connections: u32 = config
+        .upstreams
+        .values()
+        .map(|u| u.keepalive.connections.saturating_mul(u.backends.len() as u32))
+        .sum();
+    let mut conf = ServerConf {
+        threads: config.server.threads as usize,
+        upstream_keepalive_pool_size: connections.max(1) as usize,
+        max_retries: ATTEMPTS_LIMIT,
+        grace_period_seconds: Some(config.server.drain_timeout.as_secs()),
+        graceful_shutdown_timeout_seconds: Some(0),
+        ..ServerConf::default()
+    };
+    if let Some(path) = &config.server.upgrade_socket {
+        conf.upgrade_sock = path.display().to_string();
+    }
+    conf
+}
+
+fn proxy_service(
+    conf: &Arc<ServerConf>,
+    proxy: Proxy,
+    config: &Config,
+    http2_plain: bool,
+) -> Service<HttpProxy<Proxy>> {
+    let mut options = HttpServerOptions::default();
+    options.h2c = http2_plain;
+    options.h2_idle_timeout = Some(config.limits.client_idle);
+    let name = if http2_plain { "proxy-h2c" } else { "proxy" };
+    let mut service = ProxyServiceBuilder::new(conf, proxy).name(name).server_options(options).build();
+    if let Some(app) = service.app_logic_mut() {
+        let mut h2 = default_h2_options();
+        h2.initial_window_size(H2_STREAM_WINDOW).initial_connection_window_size(H2_CONNECTION_WINDOW);
+        app.h2_options = Some(h2);
+    }
+    service
+}
+
+fn listen(service: &mut Service<HttpProxy<Proxy>>, listener: &config::Listener) -> Result<(), StartError> {
+    let Some(tls) = &listener.tls else {
+        service.add_tcp(&listener.address);
+        return Ok(());
+    };
+    let mut settings = TlsSettings::intermediate("", "").map_err(|e| StartError(e.to_string()))?;
+    settings.set_cert_resolver(Arc::new(SingleCertAndKey::from(certified_key(tls)?)));
+    if listener.http2 {
+        settings.enable_h2();
+    }
+    service.add_tls_with_settings(&listener.address, None, settings);
+    Ok(())
+}
+
+/// Pingora's own loading panics in the service's task when a file is wrong, so it is done here.
+fn certified_key(tls: &config::ListenerTls) -> Result<CertifiedKey, StartError> {
+    let (certificate, key) = (tls.certificate.display().to_string(), tls.key.display().to_string());
+    let fail =
+        |e: &dyn std::fmt::Display| StartError(format!("certificate {certificate} with key {key}: {e}"));
+    pingora::tls::install_default_crypto_provider();
+    let (chain, private) = match pingora::tls::load_certs_and_key_files(&certificate, &key) {
+        Ok(Some(pair)) => pair,
+        Ok(None) => return Err(fail(&"no usable certificate or key in these files")),
+        Err(e) => return Err(fail(&e)),
+    };
+    let provider = CryptoProvider::get_default().ok_or_else(|| fail(&"no cryptography"))?;
+    CertifiedKey::from_der(chain, private, provider).map_err(|e| fail(&e))
+}
+
+/// Finds out now what Pingora would find out in a task of its own, after the start.
+fn check_free(config: &Config) -> Result<(), StartError> {
+    let admin = config.admin.iter().map(|admin| &admin.address);
+    for address in config.listeners.iter().map(|listener| &listener.address).chain(admin) {
+        TcpListener::bind(address).map_err(|e| StartError(format!("cannot listen on {address}: {e}")))?;
+    }
+    Ok(())
+}
+
+fn write_pid(path: &Path) -> Result<(), StartError> {
+    std::fs::write(path, format!("{}\n", std::process::id()))
+        .map_err(|e| StartError(format!("cannot write the pid file {}: {e}", path.display())))
+}
+
+/// Each stream takes two descriptors, and the usual soft limit is 1,024.
+fn raise_open_files(wanted: Option<u32>) {
+    let raised = match wanted {
+        Some(wanted) => rlimit::increase_nofile_limit(u64::from(wanted)),
+        None => rlimit::increase_nofile_limit(rlimit::INFINITY),
+    };
+    match (raised, wanted) {
+        (Ok(limit), Some(wanted)) if limit < u64::from(wanted) => {
+            log::warn!("open files limited limit={limit} wanted={wanted}");
+        }
+        (Err(e), _) => log::warn!("open files limit unchanged error={e}"),
+        _ => {}
+    }
+}
+
+/// What runs beside the proxy.
+struct Background {
+    upstreams: Vec<Arc<Upstream>>,
+    in_flight: InFlight,
+    drain_timeout: Duration,
+    listeners: Vec<String>,
+}
+
+#[async_trait]
+impl BackgroundService for Background {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let upstreams = futures::future::join_all(self.upstreams.iter().map(|u| u.run(shutdown.clone())));
+        let work = async {
+            futures::join!(self.announce(), upstreams);
+            // Nothing to probe or poll is no reason to end.
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = work => {}
+            // An error means that the server itself is gone, which is the end as well.
+            _ = shutdown.changed() => {}
+        }
+        self.drain().await;
+    }
+}
+
+impl Background {
+    /// Tells log and systemd that we accept connections.
+    async fn announce(&self) {
+        for address in &self.listeners {
+            while tokio::net::TcpStream::connect(reachable(address)).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        log::info!("ready listeners={} pid={}", self.listeners.join(","), std::process::id());
+        notify("READY=1");
+    }
+
+    /// Ends the process when the last request has ended, at the latest after `drain_timeout`, or at a second signal.
+    async fn drain(&self) {
+        notify("STOPPING=1");
+        let mut again = signal(SignalKind::terminate()).ok();
+        let second = async {
+            match &mut again {
+                Some(again) => again.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        log::info!("draining in_flight={}", self.in_flight.count());
+        tokio::select! {
+            () = self.in_flight.none() => log::info!("drained"),
+            () = tokio::time::sleep(self.drain_timeout) => log::warn!("drain timeout cut={}", self.in_flight.count()),
+            _ = second => log::warn!("second signal cut={}", self.in_flight.count()),
+        }
+        log::logger().flush();
+        std::process::exit(0);
+    }
+}
+
+/// Where a listener on `address` can be reached from here.
+fn reachable(address: &str) -> String {
+    address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")
+}
+
+/// One datagram to systemd, if it asked for it.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let sent = (|| {
+        use std::os::linux::net::SocketAddrExt;
+        use std::os::unix::ffi::OsStrExt;
+        use std::os::unix::net::{SocketAddr, UnixDatagram};
+        let address = match path.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            _ => SocketAddr::from_pathname(&path)?,
+        };
+        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)
+    })();
+    if let Err(e) = sent {
+        log::warn!("systemd not notified state={state} error={e}");
+    }
+}
+
+/// TERM drains, INT ends at once, QUIT hands over to a successor if there is one: without, Pingora would stop serving for nothing.
+struct Signals {
+    upgrade_socket: Option<String>,
+}
+
+impl Signals {
+    /// Whether a process listens on the upgrade socket.
+    fn successor_waits(&self) -> bool {
+        let Some(path) = &self.upgrade_socket else { return false };
+        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+        let is_listening =
+            |line: &str| line.ends_with(path.as_str()) && line.split_whitespace().nth(3) == Some("00010000");
+        sockets.lines().any(is_listening)
+    }
+}
+
+#[async_trait]
+impl ShutdownSignalWatch for Signals {
+    async fn recv(&self) -> ShutdownSignal {
+        let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::quit()].map(signal);
+        let [Ok(mut term), Ok(mut int), Ok(mut quit)] = signals else {
+            log::error!("signals cannot be watched");
+            return std::future::pending().await;
+        };
+        loop {
+            tokio::select! {
+                _ = term.recv() => return ShutdownSignal::GracefulTerminate,
+                _ = int.recv() => return ShutdownSignal::FastShutdown,
+                _ = quit.recv() => {
+                    if self.successor_waits() {
+                        return ShutdownSignal::GracefulUpgrade;
+                    }
+                    log::warn!("SIGQUIT refused: no successor listens on server.upgrade_socket");
+                }
+            }
+        }
+    }
+}

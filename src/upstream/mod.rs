@@ -1,0 +1,317 @@
+//! The core wired to pingora-load-balancing: one [`Upstream`] is a named group of interchangeable backends, alive.
+//!
+//! Pingora's `LoadBalancer` owns membership and health, the [`Balancer`] owns every decision; [`selector`] joins the two. Requests
+//! come in through [`Upstream::admit`] (which may wait) and [`Upstream::assign`] (which does not), and hold a [`Charge`] for as long as they
+//! are in flight. In the background each upstream is probed ([`probe`]) and polled ([`poller`]).
+
+mod charge;
+mod client;
+mod models;
+mod poller;
+mod probe;
+mod queue;
+pub mod selector;
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::FutureExt;
+use parking_lot::{Mutex, RwLock};
+use pingora::server::ShutdownWatch;
+use pingora_load_balancing::discovery::Static;
+use pingora_load_balancing::{Backend, Backends, HealthCheckService, HealthRegistry, LoadBalancer};
+
+pub use charge::Charge;
+pub use models::{Catalog, Serves};
+pub use queue::Refusal;
+
+use crate::balance::retry::{self, Failure};
+use crate::balance::{Balancer, Settings, State, ejection};
+use crate::clock::{Clock, Time};
+use crate::config;
+use crate::observe::metrics::{BackendMetrics, Metrics, UpstreamMetrics};
+use crate::policy::{Request, Slot};
+use crate::prompt::{BLOCK_BYTES, BytesPerToken, Digest};
+use queue::Queue;
+use selector::{Key, Selector};
+
+/// A named group of interchangeable backends.
+pub struct Upstream {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Its configuration.
+    pub config: config::Upstream,
+    /// The value of `authorization` sent to its backends, if it has an `api_key`.
+    pub authorization: Option<String>,
+    /// The models its backends serve.
+    pub catalog: Catalog,
+    /// When it is tried again.
+    pub retry: retry::Rule,
+    shared: Arc<Shared>,
+    balancing: LoadBalancer<Selector>,
+    health: HealthCheckService,
+    /// Bytes per prompt token, by model.
+    prices: RwLock<HashMap<String, BytesPerToken>>,
+    live: HashMap<SocketAddr, Arc<Live>>,
+}
+
+/// What selectors, charges and background tasks of one upstream share.
+pub struct Shared {
+    name: String,
+    clock: Clock,
+    balancer: Mutex<Balancer>,
+    queue: Queue,
+    metrics: UpstreamMetrics,
+}
+
+/// A backend, as configured and resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its weight, at least 1.
+    pub weight: u32,
+    /// The host it was configured by: a name or an address.
+    pub host: String,
+}
+
+/// The part of a backend that is touched on every read of its answers: no lock, no lookup.
+pub struct Live {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its name in TLS and in the `Host` of our own requests.
+    pub server_name: String,
+    /// Its address, as it is shown.
+    pub label: String,
+    /// Its counters.
+    pub metrics: BackendMetrics,
+    /// When it last sent a byte, in nanoseconds of [`Time`].
+    last_byte: AtomicU64,
+}
+
+impl Live {
+    /// The backend has sent bytes.
+    pub fn heard(&self, now: Time) {
+        self.last_byte.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    /// How long ago the backend sent a byte.
+    fn silence(&self, now: Time) -> Duration {
+        now.since(Time::from_nanos(self.last_byte.load(Ordering::Relaxed)))
+    }
+}
+
+impl Upstream {
+    /// Builds an upstream over these backends. Nothing runs until [`Upstream::run`].
+    pub fn new(
+        name: &str,
+        config: config::Upstream,
+        members: &[Member],
+        authorization: Option<String>,
+        clock: Clock,
+        metrics: &Metrics,
+        seed: u64,
+    ) -> Arc<Self> {
+        let settings = Settings {
+            ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
+            max_requests: config.max_requests,
+        };
+        let upstream_metrics = metrics.upstream(name);
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            clock,
+            balancer: Mutex::new(Balancer::new(settings, config.policy.build(), seed)),
+            queue: Queue::new(
+                config.queue.length as usize,
+                config.queue.timeout,
+                upstream_metrics.queued.clone(),
+            ),
+            metrics: upstream_metrics,
+        });
+        let live: HashMap<_, _> = members
+            .iter()
+            .map(|member| {
+                let label = member.address.to_string();
+                let named = config.tls.as_ref().and_then(|tls| tls.server_name.clone());
+                let live = Live {
+                    address: member.address,
+                    server_name: named.unwrap_or_else(|| member.host.clone()),
+                    metrics: metrics.backend(name, &label),
+                    label,
+                    last_byte: AtomicU64::new(0),
+                };
+                (member.address, Arc::new(live))
+            })
+            .collect();
+        let registry = Arc::new(HealthRegistry::with_equivalence(probe::by_address));
+        if let Some(probe) = probe::Probe::new(&config, authorization.clone(), shared.clone(), live.clone()) {
+            registry.set_health_check(Box::new(probe));
+        }
+        let mut health = HealthCheckService::new(registry.clone());
+        health.health_check_frequency = config.probe.as_ref().map(|probe| probe.interval);
+        health.parallel_health_check = true;
+        let backends = Backends::new_with_health_registry(Static::new(backend_set(members)), registry);
+        let balancing = LoadBalancer::from_backends_with_config(backends, Some(shared.clone()));
+        // A static list is there at once; this publishes it and builds the first selector.
+        if let Some(Err(e)) = balancing.update().now_or_never() {
+            log::error!("upstream without backends upstream={name} error={e}");
+        }
+        let retry = retry::Rule {
+            tries: config.retry.tries,
+            within: config.retry.within,
+            on: config.retry.on.clone(),
+        };
+        let catalog = Catalog::new(&config.models);
+        Arc::new(Self {
+            name: name.to_owned(),
+            config,
+            authorization,
+            catalog,
+            retry,
+            shared,
+            balancing,
+            health,
+            prices: RwLock::new(HashMap::new()),
+            live,
+        })
+    }
+
+    /// Probes and polls the backends until `shutdown`.
+    pub async fn run(&self, shutdown: ShutdownWatch) {
+        let probes = async {
+            if self.config.probe.is_some() {
+                self.health.run(shutdown.clone(), None).await;
+            }
+        };
+        let polls = self.live.values().map(|live| poller::run(self, live, shutdown.clone()));
+        futures::join!(probes, futures::future::join_all(polls));
+    }
+
+    /// What the balancer needs to know of a request for `digest`.
+    pub fn price<'a>(&self, digest: &'a Digest, session: Option<u64>) -> Request<'a> {
+        let prices = self.prices.read();
+        let price = digest.model.as_ref().and_then(|model| prices.get(model)).copied().unwrap_or_default();
+        Request {
+            prompt_tokens: price.tokens(digest.prompt_bytes),
+            blocks: &digest.blocks,
+            block_tokens: BLOCK_BYTES as f64 / price.ratio(),
+            session: session.or(digest.session),
+        }
+    }
+
+    /// Learns the price of a model's tokens from what an engine counted.
+    pub fn learn(&self, digest: &Digest, prompt_tokens: u64) {
+        let Some(model) = &digest.model else { return };
+        let mut prices = self.prices.write();
+        // Only models that an engine has served come here, so this stays as small as the catalog.
+        prices.entry(model.clone()).or_default().learn(digest.prompt_bytes, prompt_tokens);
+    }
+
+    /// Chooses a backend and charges it, waiting for room if all are full. `Ok(None)`: there is no backend at all.
+    pub async fn admit(&self, request: &Request<'_>) -> Result<Option<Charge>, Refusal> {
+        if self.shared.queue.is_empty() {
+            let charge = self.assign(request, &[]);
+            if charge.is_some() || self.has_room(&[]) || self.live.is_empty() {
+                return Ok(charge);
+            }
+        }
+        self.shared.queue.wait(|| self.assign(request, &[])).await.map(Some)
+    }
+
+    /// Chooses a backend that was not tried yet and charges it; `None` if none is left or all are full.
+    pub fn assign(&self, request: &Request<'_>, tried: &[Slot]) -> Option<Charge> {
+        let key = Key::new(request, tried);
+        let accept = |backend: &Backend, ready| ready || selector::is_last_resort(backend);
+        let backend = self.balancing.select_with(key.as_bytes(), self.live.len(), accept)?;
+        let charge = selector::charge_of(&backend)?;
+        self.shared.metrics.chose(charge.reason);
+        Some(charge)
+    }
+
+    /// The backend at `address`, as long as it is a member.
+    pub fn live(&self, address: &SocketAddr) -> Option<&Arc<Live>> {
+        self.live.get(address)
+    }
+
+    /// The backend gave a good answer.
+    pub fn succeed(&self, slot: Slot) {
+        self.shared.balancer.lock().succeed(slot, self.shared.clock.now());
+    }
+
+    /// The backend failed. `elsewhere` says that another backend answered the same request.
+    pub fn fail(&self, address: SocketAddr, slot: Slot, failure: Failure, elsewhere: bool) {
+        let ejected =
+            self.shared.balancer.lock().fail(slot, failure.fault(), elsewhere, self.shared.clock.now());
+        if ejected {
+            let (name, span) = (&self.name, self.config.fail_timeout);
+            log::warn!(
+                "backend ejected upstream={name} backend={address} reason={} for={span:?}",
+                failure.name()
+            );
+            self.shared.metrics.ejected(&address.to_string(), failure.name());
+        }
+    }
+
+    /// The backend said it is full: prefer others for `span`, but no longer than `fail_timeout`.
+    pub fn cool(&self, slot: Slot, span: Duration) {
+        let span = span.min(self.config.fail_timeout);
+        self.shared.balancer.lock().cool(slot, span, self.shared.clock.now());
+    }
+
+    /// Counts a retry after `failure`.
+    pub fn retried(&self, failure: Failure) {
+        self.shared.metrics.retried(failure.name());
+    }
+
+    /// Every backend as it stands.
+    pub fn states(&self) -> Vec<State> {
+        let now = self.shared.clock.now();
+        self.shared.balancer.lock().states(now)
+    }
+
+    /// Whether any backend is up and in rotation.
+    pub fn is_available(&self) -> bool {
+        let now = self.shared.clock.now();
+        self.shared.balancer.lock().any_available(now)
+    }
+
+    /// Whether a backend that was not tried yet could take a request.
+    pub fn has_room(&self, tried: &[Slot]) -> bool {
+        self.shared.balancer.lock().has_room(tried)
+    }
+}
+
+impl Shared {
+    /// Picks and charges in one step; `None` if no backend is left or all are full.
+    fn pick(self: &Arc<Self>, request: &Request<'_>, tried: &[Slot]) -> Option<Charge> {
+        let now = self.clock.now();
+        let pick = self.balancer.lock().pick(request, tried, now).ok()?;
+        Some(Charge::new(self.clone(), pick))
+    }
+
+    fn set_members(&self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
+        self.balancer.lock().set_members(members);
+    }
+
+    /// The probes' verdict on a backend has changed.
+    fn observe_health(&self, address: &SocketAddr, healthy: bool) {
+        self.balancer.lock().observe_health(address, healthy);
+        let state = if healthy { "up" } else { "down" };
+        log::warn!("backend {state} upstream={} backend={address} by=probe", self.name);
+        self.queue.wake();
+    }
+}
+
+fn backend_set(members: &[Member]) -> BTreeSet<Backend> {
+    members
+        .iter()
+        .map(|member| Backend {
+            addr: pingora::protocols::l4::socket::SocketAddr::Inet(member.address),
+            weight: member.weight as usize,
+            ext: http::Extensions::new(),
+        })
+        .collect()
+}

@@ -1,0 +1,89 @@
+//! The poll: what does the engine say of itself?
+//!
+//! One task per backend scrapes the engine's metrics at a jittered interval and asks for its models now and then. Readings never
+//! decide where a request goes (they are 0.05 to 18 s old when they arrive, and deciding on them herds; research/routing.md s.0): they bound the
+//! prefix index, reveal restarts and are shown with their age. A failed poll keeps what was known.
+
+use std::time::Duration;
+
+use pingora::server::ShutdownWatch;
+
+use super::client::Client;
+use super::{Live, Upstream};
+use crate::engine;
+use crate::prompt::{BLOCK_BYTES, BytesPerToken};
+
+/// How often a backend is asked for its models once they are known, and before.
+const MODELS_INTERVAL: Duration = Duration::from_secs(10);
+const MODELS_RETRY: Duration = Duration::from_secs(1);
+
+/// A poll that is switched off still asks for models, with this patience.
+const MODELS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The interval is stretched by up to this fraction, so that polls do not march in step. Never shortened: llama.cpp notices that a
+/// client has left only when nobody asked it anything for a whole second.
+const JITTER: f64 = 0.2;
+
+/// Polls one backend until shutdown.
+pub(super) async fn run(upstream: &Upstream, live: &Live, mut shutdown: ShutdownWatch) {
+    let client = Client::new(&upstream.config, upstream.authorization.clone());
+    tokio::select! {
+        ((), ()) = async { futures::join!(metrics(upstream, &client, live), models(upstream, &client, live)) } => {}
+        _ = shutdown.changed() => {}
+    }
+}
+
+async fn metrics(upstream: &Upstream, client: &Client, live: &Live) {
+    let (Some(poll), Some(path)) = (&upstream.config.poll, upstream.config.poll_path()) else { return };
+    let engine = upstream.config.engine;
+    let (name, backend) = (&upstream.name, &live.label);
+    let mut failing = false;
+    loop {
+        let error = match client.get(live, path, poll.timeout).await {
+            Ok((200, body)) => {
+                let reading = engine::read(engine, &String::from_utf8_lossy(&body));
+                let shared = &upstream.shared;
+                // The engine's own tokens, so the ratio of an unknown model is as good as any.
+                let block_tokens = BLOCK_BYTES as f64 / BytesPerToken::default().ratio();
+                shared.balancer.lock().observe_reading(
+                    &live.address,
+                    reading,
+                    block_tokens,
+                    shared.clock.now(),
+                );
+                None
+            }
+            Ok((status, _)) => Some(format!("status {status}")),
+            Err(no_answer) => Some(no_answer.to_string()),
+        };
+        if error.is_some() != failing {
+            failing = error.is_some();
+            match error {
+                Some(error) => {
+                    log::warn!("poll failing upstream={name} backend={backend} path={path} error={error:?}")
+                }
+                None => log::info!("poll working again upstream={name} backend={backend} path={path}"),
+            }
+        }
+        pause(poll.interval).await;
+    }
+}
+
+async fn models(upstream: &Upstream, client: &Client, live: &Live) {
+    if !upstream.catalog.is_discovered() {
+        return;
+    }
+    let timeout = upstream.config.poll.as_ref().map_or(MODELS_TIMEOUT, |poll| poll.timeout);
+    loop {
+        let interval = match client.get(live, "/v1/models", timeout).await {
+            Ok((200, body)) if upstream.catalog.learn(live.address, &body) => MODELS_INTERVAL,
+            _ if upstream.catalog.knows(&live.address) => MODELS_INTERVAL,
+            _ => MODELS_RETRY,
+        };
+        pause(interval).await;
+    }
+}
+
+async fn pause(interval: Duration) {
+    tokio::time::sleep(interval.mul_f64(1.0 + JITTER * fastrand::f64())).await;
+}
