@@ -36,3 +36,7 @@ pub mod proxy;
 
 pub mod admin;
 pub mod server;
+
+pub mod demo;
+
+pub mod cli;

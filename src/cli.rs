@@ -1,0 +1,106 @@
+//! The command line: what can be asked of the program, and what it exits with.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{config, demo, server};
+
+/// The configuration is invalid (`EX_CONFIG` of sysexits.h).
+const EXIT_CONFIG: u8 = 78;
+
+/// A programmable load balancer for LLM inference servers.
+///
+/// Try it without a GPU:   plimsoll demo
+/// Run it:                 plimsoll run --config plimsoll.yaml
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage, 78 invalid configuration.
+#[derive(Parser)]
+#[command(name = "plimsoll", version, verbatim_doc_comment, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the balancer until SIGTERM.
+    Run {
+        /// The configuration file.
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        /// Take the listening sockets over from the process that runs now (`server.upgrade_socket`).
+        #[arg(long)]
+        upgrade: bool,
+    },
+    /// Check a configuration file: every problem, with its place.
+    Check {
+        /// The configuration file.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Show what the balancer is for: four simulated GPU engines under mixed traffic, in a minute.
+    Demo(demo::DemoOptions),
+    /// Run one simulated engine that speaks vLLM's dialect.
+    Engine(demo::engine::EngineOptions),
+}
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = "info,pingora=warn,pingora_core=warn,pingora_proxy=error,pingora_load_balancing=error";
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(quiet)).init();
+    match cli.command {
+        Command::Run { config, upgrade } => match config::load(&config) {
+            Ok(config) => exit(server::run(&config, upgrade)),
+            Err(report) => invalid(&report),
+        },
+        Command::Check { file } => match config::load(&file) {
+            Ok(config) => {
+                say(&format!("{}: ok, {}", file.display(), summary(&config)));
+                ExitCode::SUCCESS
+            }
+            Err(report) => invalid(&report),
+        },
+        Command::Demo(options) => exit(demo::run_demo(&options)),
+        Command::Engine(options) => exit(demo::engine::run_engine(options)),
+    }
+}
+
+fn summary(config: &config::Config) -> String {
+    let backends: usize = config.upstreams.values().map(|u| u.backends.len()).sum();
+    let count = |n: usize, noun: &str| format!("{n} {noun}{}", if n == 1 { "" } else { "s" });
+    let (listeners, upstreams) = (config.listeners.len(), config.upstreams.len());
+    format!(
+        "{}, {}, {}",
+        count(listeners, "listener"),
+        count(upstreams, "upstream"),
+        count(backends, "backend")
+    )
+}
+
+fn invalid(report: &config::Report) -> ExitCode {
+    complain(&report.to_string());
+    ExitCode::from(EXIT_CONFIG)
+}
+
+fn exit<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            complain(&format!("error: {e}\n"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the answer of a command")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+#[expect(clippy::print_stderr, reason = "the answer of a command")]
+fn complain(text: &str) {
+    eprint!("{text}");
+}
