@@ -1,0 +1,577 @@
+//! What clients see, and what engines are spared, when a backend refuses, fails, stalls or dies.
+//!
+//! A request is sent again only while no byte of an answer has gone to the client, never more than once, to a
+//! backend that was not tried; 503 and 429 are back-pressure and blame nobody; nobody is ejected for ever,
+//! and an ejected backend is better than an error.
+
+use crate::support::client::{Answer as Reply, Client, Framing, Line, Request};
+use crate::support::engine::{Answer, Engine, Gate, Seen, addresses, delta};
+use crate::support::proxy::Proxy;
+use crate::support::{one_upstream, wait_until};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+const BOTH: [Line; 2] = [Line::Http1, Line::Http2];
+
+fn chat() -> Request {
+    Request::chat("tiny", "hello")
+}
+
+fn counts(engines: &[Engine]) -> Vec<usize> {
+    engines.iter().map(Engine::count).collect()
+}
+
+fn total(engines: &[Engine]) -> usize {
+    engines.iter().map(Engine::count).sum()
+}
+
+/// Two engines that answer every request by `script`.
+fn alike(script: impl Fn(&Seen) -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
+    std::array::from_fn(|_| Engine::start(script.clone()))
+}
+
+/// Two engines of which the first to be asked does `first`, ever after both answer well.
+fn one_then_another(first: impl Fn() -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
+    let asked = Arc::new(AtomicBool::new(false));
+    alike(move |_| if asked.swap(true, SeqCst) { Answer::json(200, "{}") } else { first() })
+}
+
+async fn before(engines: &[Engine], more: &str) -> Proxy {
+    Proxy::start(&one_upstream(&addresses(&engines.iter().collect::<Vec<_>>()), more)).await
+}
+
+fn assert_error(reply: &Reply, status: u16, code: &str) {
+    assert_eq!((reply.status, reply.code().as_str()), (status, code), "{}", reply.text());
+    assert!(reply.complete && reply.header("x-request-id").is_some());
+}
+
+fn retry_after(reply: &Reply) -> u64 {
+    reply.header("retry-after").and_then(|value| value.parse().ok()).expect("a retry-after in seconds")
+}
+
+#[tokio::test]
+async fn a_refused_connection_goes_to_another_backend_and_is_ejected_after_three() {
+    let engines = [Engine::dead(|_| Answer::nothing()), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin, max_fails: 3, fail_timeout: 60s").await;
+    for _ in 0..20 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+    let dead = engines[0].address();
+    proxy.counts("plimsoll_ejections_total", &[("backend", &dead)], 1.0).await;
+    proxy.counts("plimsoll_attempts_total", &[("backend", &dead)], 3.0).await;
+    proxy.counts("plimsoll_retries_total", &[("reason", "connect")], 3.0).await;
+    assert_eq!(engines[1].count(), 20);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_ejected_backend_is_spared_and_comes_back_after_its_time() {
+    for (fail_timeout, returns) in [("60s", false), ("300ms", true)] {
+        let ill = Arc::new(AtomicBool::new(true));
+        let state = ill.clone();
+        let failing =
+            move |_: &Seen| if state.load(SeqCst) { Answer::nothing() } else { Answer::json(200, "{}") };
+        let engines = [Engine::start(failing), Engine::good()];
+        let proxy = before(&engines, &format!("policy: round_robin, fail_timeout: {fail_timeout}")).await;
+        while engines[0].count() < 3 {
+            assert_eq!(proxy.ask(&chat()).await.status, 200);
+        }
+        proxy.counts("plimsoll_ejections_total", &[("backend", &engines[0].address())], 1.0).await;
+        ill.store(false, SeqCst);
+        if returns {
+            wait_until("the ejected backend to return", async || {
+                assert_eq!(proxy.ask(&chat()).await.status, 200);
+                engines[0].count() > 3
+            })
+            .await;
+        } else {
+            for _ in 0..10 {
+                assert_eq!(proxy.ask(&chat()).await.status, 200);
+            }
+            assert_eq!(engines[0].count(), 3, "an ejected backend was tried");
+        }
+        proxy.assert_at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn a_503_goes_to_another_backend_and_ejects_nobody() {
+    let engines = [Engine::start(|_| Answer::json(503, r#"{"error":{"message":"busy"}}"#)), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin, max_fails: 1, fail_timeout: 60s").await;
+    for line in BOTH {
+        for _ in 0..6 {
+            assert_eq!(proxy.client(line).await.ask(&chat()).await.status, 200);
+        }
+    }
+    assert_eq!(engines[1].count(), 12);
+    assert!(engines[0].count() >= 1);
+    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+    let retries = proxy.metrics().await.sum("plimsoll_retries_total", &[("reason", "status_503")]);
+    assert_eq!(retries, f64::from(u32::try_from(engines[0].count()).unwrap()));
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_429_passes_through_with_its_retry_after_and_ejects_nobody() {
+    let body = r#"{"error":{"message":"slow down"}}"#;
+    let engines = alike(move |_| Answer::json_with(429, "retry-after: 7\r\n", body));
+    let proxy = before(&engines, "max_fails: 1, fail_timeout: 60s").await;
+    for (line, count) in BOTH.into_iter().zip(1..) {
+        let reply = proxy.client(line).await.ask(&chat()).await;
+        assert_eq!((reply.status, reply.text().as_str()), (429, body));
+        assert_eq!(reply.header("retry-after"), Some("7"));
+        assert_eq!(total(&engines), count);
+    }
+    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_500_is_retried_only_where_the_upstream_says_so() {
+    let broken = || Answer::json(500, r#"{"error":{"message":"broken"}}"#);
+    let engines = one_then_another(broken);
+    let proxy = before(&engines, "").await;
+    let reply = proxy.ask(&chat()).await;
+    assert_eq!((reply.status, total(&engines)), (500, 1));
+    assert_eq!(reply.value()["error"]["message"], "broken");
+    proxy.counts("plimsoll_requests_total", &[("outcome", "engine_error")], 1.0).await;
+
+    let engines = one_then_another(broken);
+    let proxy = before(&engines, "retry: { on: [connect, closed, status_500] }").await;
+    assert_eq!(proxy.ask(&chat()).await.status, 200);
+    assert_eq!(counts(&engines), [1, 1]);
+    proxy.counts("plimsoll_retries_total", &[("reason", "status_500")], 1.0).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn poison_that_fails_everywhere_is_no_backends_fault() {
+    let engines = alike(|seen| match seen.head.header("x-poison") {
+        Some(_) => Answer::json(500, r#"{"error":{"message":"poison"}}"#),
+        None => Answer::json(200, "{}"),
+    });
+    let more = "retry: { on: [connect, closed, status_500] }, max_fails: 3, fail_timeout: 60s";
+    let proxy = before(&engines, more).await;
+    for _ in 0..8 {
+        assert_eq!(proxy.ask(&chat().with("x-poison", "1")).await.status, 500);
+    }
+    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+    for _ in 0..4 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn when_both_tries_fail_the_last_status_passes_through() {
+    let engines: [Engine; 3] =
+        [1, 2, 3].map(|name| Engine::start(move |_| Answer::json(503, &format!(r#"{{"engine":{name}}}"#))));
+    let proxy = before(&engines, "").await;
+    for line in BOTH {
+        engines.iter().for_each(Engine::forget);
+        let reply = proxy.client(line).await.ask(&chat()).await;
+        assert_eq!((reply.status, reply.complete), (503, true));
+        assert!(reply.value()["engine"].is_u64(), "{}", reply.text());
+        assert_eq!(total(&engines), 2, "at most two tries");
+        assert!(counts(&engines).iter().all(|&count| count <= 1), "never the same backend twice");
+        let teller = usize::try_from(reply.value()["engine"].as_u64().unwrap()).unwrap() - 1;
+        assert_eq!(reply.header("x-plimsoll-backend"), Some(&*engines[teller].address()));
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn when_every_backend_is_dead_the_client_gets_a_json_error() {
+    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::dead(|_| Answer::nothing()));
+    let proxy = before(&engines, "").await;
+    for line in BOTH {
+        for _ in 0..4 {
+            let reply = proxy.client(line).await.ask(&chat()).await;
+            match reply.status {
+                502 => assert_error(&reply, 502, "upstream_unreachable"),
+                _ => assert_error(&reply, 503, "no_backend"),
+            }
+        }
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn when_every_backend_hangs_up_the_client_gets_a_json_error() {
+    let engines = alike(|_| Answer::nothing());
+    let proxy = before(&engines, "max_fails: 0").await;
+    for line in BOTH {
+        assert_error(&proxy.client(line).await.ask(&chat()).await, 502, "upstream_closed");
+    }
+    assert_eq!(total(&engines), 4);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn ejected_backends_are_tried_before_an_error() {
+    let ill = Arc::new(AtomicBool::new(true));
+    let state = ill.clone();
+    let failing =
+        move |_: &Seen| if state.load(SeqCst) { Answer::nothing() } else { Answer::json(200, "{}") };
+    let engines = [Engine::start(failing), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin, fail_timeout: 60s").await;
+    while engines[0].count() < 3 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+    proxy.counts("plimsoll_ejections_total", &[("backend", &engines[0].address())], 1.0).await;
+    // A rolling restart: the first is well again but still ejected when the second goes away.
+    ill.store(false, SeqCst);
+    engines[1].kill().await;
+    for _ in 0..8 {
+        let reply = proxy.ask(&chat()).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    assert_eq!(engines[0].count(), 3 + 8);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_rolling_restart_loses_no_request() {
+    let engines: [Engine; 3] = std::array::from_fn(|_| Engine::good());
+    let proxy = before(&engines, "").await;
+    let mut client = proxy.client(Line::Http1).await;
+    for engine in &engines {
+        engine.kill().await;
+        for _ in 0..8 {
+            assert_eq!(client.ask(&chat()).await.status, 200);
+        }
+        engine.revive();
+        assert_eq!(client.ask(&chat()).await.status, 200);
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_the_engine_closed_while_idle_is_invisible() {
+    let engine = Engine::start(|_| Answer::json(200, "{}").close());
+    let proxy = before(std::slice::from_ref(&engine), "max_fails: 1, fail_timeout: 60s").await;
+    for line in BOTH {
+        let mut client = proxy.client(line).await;
+        for _ in 0..10 {
+            assert_eq!(client.ask(&chat()).await.status, 200);
+        }
+    }
+    assert_eq!(engine.count(), 20);
+    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_reused_connection_that_dies_under_a_request_is_invisible_even_with_one_backend() {
+    for death in [Answer::nothing, || Answer::default().reset()] {
+        let engine = Engine::start(move |seen| if seen.nth > 0 { death() } else { Answer::json(200, "{}") });
+        let proxy = before(std::slice::from_ref(&engine), "max_fails: 1, fail_timeout: 60s").await;
+        for line in BOTH {
+            let mut client = proxy.client(line).await;
+            for _ in 0..6 {
+                let reply = client.ask(&chat()).await;
+                assert_eq!(reply.status, 200, "{line:?}: {}", reply.text());
+            }
+        }
+        assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+        proxy.assert_at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn upstream_connections_are_reused() {
+    let engine = Engine::good();
+    let proxy =
+        Proxy::start(&format!("server: {{ threads: 1 }}\n{}", one_upstream(&[engine.address()], ""))).await;
+    for line in BOTH {
+        for _ in 0..5 {
+            assert_eq!(proxy.client(line).await.ask(&chat()).await.status, 200);
+        }
+    }
+    let connections: std::collections::HashSet<u64> =
+        engine.seen().iter().map(|seen| seen.connection).collect();
+    assert!(connections.len() <= 2, "{connections:?} connections for ten requests one after another");
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_large_is_a_413() {
+    let engine = Engine::good();
+    let yaml = format!("limits: {{ body: 64KiB }}\n{}", one_upstream(&[engine.address()], ""));
+    let proxy = Proxy::start(&yaml).await;
+    for line in [Line::Http1, Line::Http1Tls, Line::Http2, Line::Http2Tls] {
+        for framing in [Framing::Declared, Framing::Open] {
+            let request = |size| Request::post("/v1/chat/completions", vec![b' '; size]).framed(framing);
+            let reply = proxy.client(line).await.ask(&request((64 << 10) + 1)).await;
+            assert_error(&reply, 413, "body_too_large");
+            let reply = proxy.client(line).await.ask(&request(4 << 20)).await;
+            assert_error(&reply, 413, "body_too_large");
+            let reply = proxy.client(line).await.ask(&request(64 << 10)).await;
+            assert_eq!(reply.status, 200, "{line:?} {framing:?}: exactly the limit is allowed");
+        }
+        let declared = Request::post("/v1/chat/completions", "x").missing_bytes(1 << 20);
+        assert_error(&proxy.client(line).await.ask(&declared).await, 413, "body_too_large");
+    }
+    assert_eq!(engine.count(), 8);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_is_a_408() {
+    let engine = Engine::good();
+    let yaml = format!("limits: {{ body_timeout: 300ms }}\n{}", one_upstream(&[engine.address()], ""));
+    let proxy = Proxy::start(&yaml).await;
+    for line in [Line::Http1, Line::Http1Tls, Line::Http2, Line::Http2Tls] {
+        for framing in [Framing::Declared, Framing::Open] {
+            let request =
+                Request::post("/v1/chat/completions", "{\"model\":").framed(framing).missing_bytes(100);
+            let reply = proxy.client(line).await.ask(&request).await;
+            assert_error(&reply, 408, "body_timeout");
+        }
+    }
+    assert_eq!(engine.count(), 0);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind() {
+    let engine = Engine::good();
+    let proxy = before(std::slice::from_ref(&engine), "").await;
+    for line in BOTH {
+        let mut client = proxy.client(line).await;
+        let request = Request::post("/v1/chat/completions", vec![b'x'; 200_000]).missing_bytes(100_000);
+        client.send(&request).await;
+        wait_until("the body to be held", async || {
+            proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]) > 0.0
+        })
+        .await;
+        drop(client);
+        proxy.assert_at_rest().await;
+    }
+    assert_eq!(engine.count(), 0);
+}
+
+#[tokio::test]
+async fn bodies_beyond_the_memory_for_them_are_a_503_with_retry_after() {
+    let gate = Gate::new();
+    let scripted = gate.clone();
+    let engine = Engine::start(move |_| Answer::json(200, "{}").held_at(&scripted));
+    let yaml = format!(
+        "limits: {{ body: 90KiB, buffered_bodies: 100KiB }}\n{}",
+        one_upstream(&[engine.address()], "")
+    );
+    let proxy = Proxy::start(&yaml).await;
+    let large = Request::post("/v1/chat/completions", vec![b' '; 80 << 10]);
+    let mut first = proxy.client(Line::Http1).await;
+    first.send(&large).await;
+    gate.reached(1).await;
+    for framing in [Framing::Declared, Framing::Open] {
+        for line in BOTH {
+            let reply = proxy.client(line).await.ask(&large.clone().framed(framing)).await;
+            assert_error(&reply, 503, "buffers_full");
+            assert!(retry_after(&reply) >= 1);
+        }
+    }
+    gate.open();
+    assert_eq!(first.head().await.status, 200);
+    assert!(first.rest().await.1);
+    proxy.assert_at_rest().await;
+    gate.open();
+    assert_eq!(proxy.ask(&large).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_silent_engine_is_a_504_and_is_not_asked_twice_by_default() {
+    let engines = alike(|_| Answer::silence());
+    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
+    for (line, count) in BOTH.into_iter().zip(1..) {
+        assert_error(&proxy.client(line).await.ask(&chat()).await, 504, "upstream_timeout");
+        assert_eq!(total(&engines), count);
+    }
+    proxy.assert_at_rest().await;
+
+    let engines = one_then_another(Answer::silence);
+    let proxy =
+        before(&engines, "timeouts: { read: 300ms }, retry: { on: [connect, closed, timeout] }").await;
+    assert_eq!(proxy.ask(&chat()).await.status, 200);
+    assert_eq!(counts(&engines), [1, 1]);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_header_without_a_first_event_is_a_timeout_too() {
+    let engines = alike(|_| Answer::stream().wait(&Gate::new()));
+    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
+    let reply = proxy.ask(&Request::streamed("tiny", "hello")).await;
+    assert_error(&reply, 504, "upstream_timeout");
+    assert_eq!(total(&engines), 1);
+    engines[usize::from(engines[0].count() == 0)].abandoned(1).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_falls_silent_is_ended_with_an_error_event() {
+    let engines = alike(|_| Answer::stream().event(&delta("a")).wait(&Gate::new()));
+    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
+    for (line, count) in BOTH.into_iter().zip(1..) {
+        let reply = proxy.client(line).await.ask(&Request::streamed("tiny", "hello")).await;
+        assert_eq!((reply.status, reply.complete), (200, true));
+        let events = reply.events();
+        assert_eq!(events[0], delta("a"));
+        assert!(events.len() == 2 && events[1].contains("\"stream_cut\""), "{events:?}");
+        assert_eq!(total(&engines), count);
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_answer_cut_before_its_first_byte_goes_to_another_backend() {
+    let deaths: [fn() -> Answer; 3] = [
+        Answer::nothing,
+        || Answer::default().reset(),
+        || Answer::default().write("HTTP/1.1 200 OK\r\nx-a").close(),
+    ];
+    for death in deaths {
+        for line in BOTH {
+            let engines = one_then_another(death);
+            let proxy = before(&engines, "").await;
+            let reply = proxy.client(line).await.ask(&chat()).await;
+            assert_eq!((reply.status, counts(&engines)), (200, vec![1, 1]), "{}", reply.text());
+            proxy.counts("plimsoll_retries_total", &[("reason", "closed")], 1.0).await;
+            proxy.assert_at_rest().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn nonsense_instead_of_http_is_no_answer() {
+    let engines = alike(|_| Answer::default().write("SSH-2.0-OpenSSH_9.2\r\n\r\n").close());
+    let proxy = before(&engines, "").await;
+    let reply = proxy.ask(&chat()).await;
+    assert_eq!((reply.status, reply.code().as_str()), (502, "upstream_closed"));
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn with_one_try_nothing_is_sent_twice() {
+    let engines = alike(|_| Answer::json(503, r#"{"error":{}}"#));
+    let proxy = before(&engines, "retry: { tries: 1 }").await;
+    assert_eq!(proxy.ask(&chat()).await.status, 503);
+    assert_eq!(total(&engines), 1);
+}
+
+#[tokio::test]
+async fn a_probe_takes_a_backend_out_and_brings_it_back() {
+    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
+    let probe = "engine: vllm, policy: round_robin, probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 2 }";
+    let proxy = before(&engines, probe).await;
+    let ill = engines[0].address();
+    proxy.counts("plimsoll_backend_up", &[], 2.0).await;
+    engines[0].set_health(503);
+    proxy.counts("plimsoll_backend_up", &[("backend", &ill)], 0.0).await;
+    engines.iter().for_each(Engine::forget);
+    for _ in 0..8 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+    assert_eq!(counts(&engines), [0, 8]);
+    engines[0].set_health(200);
+    proxy.counts("plimsoll_backend_up", &[("backend", &ill)], 1.0).await;
+    for _ in 0..8 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+    assert!(engines[0].count() >= 3, "{:?}", counts(&engines));
+}
+
+#[tokio::test]
+async fn a_probe_finds_a_killed_backend_and_its_return() {
+    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
+    let probe = "engine: vllm, probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 1 }";
+    let proxy = before(&engines, probe).await;
+    proxy.counts("plimsoll_backend_up", &[], 2.0).await;
+    engines[1].kill().await;
+    proxy.counts("plimsoll_backend_up", &[("backend", &engines[1].address())], 0.0).await;
+    engines[1].revive();
+    proxy.counts("plimsoll_backend_up", &[("backend", &engines[1].address())], 1.0).await;
+}
+
+/// A proxy that lets one request at a time to its backend, which holds it until the gate is opened.
+async fn one_at_a_time(queue: &str) -> (Proxy, Engine, Gate) {
+    let gate = Gate::new();
+    let scripted = gate.clone();
+    let engine = Engine::start(move |_| Answer::json(200, "{}").held_at(&scripted));
+    let proxy = before(std::slice::from_ref(&engine), &format!("max_requests: 1, queue: {queue}")).await;
+    (proxy, engine, gate)
+}
+
+async fn sent(proxy: &Proxy, line: Line) -> Client {
+    let mut client = proxy.client(line).await;
+    client.send(&chat()).await;
+    client
+}
+
+async fn answered(mut client: Client) -> u16 {
+    let head = client.head().await;
+    assert!(client.rest().await.1);
+    head.status
+}
+
+#[tokio::test]
+async fn beyond_max_requests_a_request_waits_and_beyond_the_queue_it_is_a_503() {
+    let (proxy, engine, gate) = one_at_a_time("{ length: 1, timeout: 30s }").await;
+    let first = sent(&proxy, Line::Http1).await;
+    gate.reached(1).await;
+    // One of these two waits, the other finds the queue full: whichever comes second.
+    let waiting = [sent(&proxy, Line::Http1).await, sent(&proxy, Line::Http2).await];
+    let [mut one, mut two] = waiting;
+    let (refused, queued) = tokio::select! {
+        head = one.head() => ((head, one.rest().await), two),
+        head = two.head() => ((head, two.rest().await), one),
+    };
+    let (head, (body, complete)) = refused;
+    let reply = Reply { status: head.status, headers: head.headers, body, complete };
+    assert_error(&reply, 503, "queue_full");
+    assert!(retry_after(&reply) >= 1);
+    assert_eq!(engine.count(), 1);
+    gate.open();
+    assert_eq!(answered(first).await, 200);
+    gate.reached(2).await;
+    gate.open();
+    assert_eq!(answered(queued).await, 200);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_request_that_waits_too_long_in_the_queue_is_a_503() {
+    let (proxy, engine, gate) = one_at_a_time("{ length: 10, timeout: 200ms }").await;
+    let first = sent(&proxy, Line::Http1).await;
+    gate.reached(1).await;
+    for line in BOTH {
+        assert_error(&proxy.client(line).await.ask(&chat()).await, 503, "queue_timeout");
+    }
+    gate.open();
+    assert_eq!((answered(first).await, engine.count()), (200, 1));
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_the_queue_is_never_sent_on() {
+    let (proxy, engine, gate) = one_at_a_time("{ length: 1, timeout: 30s }").await;
+    let first = sent(&proxy, Line::Http1).await;
+    gate.reached(1).await;
+    // A request in the queue holds its body: that is how the test knows that it has come and that it has
+    // gone.
+    let held = async || proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]);
+    let alone = held().await;
+    for line in BOTH {
+        let queued = sent(&proxy, line).await;
+        wait_until("a request in the queue", async || held().await > alone).await;
+        drop(queued);
+        wait_until("the place in the queue to be free", async || held().await == alone).await;
+    }
+    let third = sent(&proxy, Line::Http1).await;
+    gate.open();
+    assert_eq!(answered(first).await, 200);
+    gate.reached(2).await;
+    gate.open();
+    assert_eq!(answered(third).await, 200);
+    assert_eq!(engine.count(), 2, "a request whose client had left reached the engine");
+    proxy.assert_at_rest().await;
+}

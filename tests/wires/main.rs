@@ -1,0 +1,20 @@
+//! The promises of the wire, kept by the real binary on real sockets: bodies, streams, routes, failures, real
+//! engines' bytes.
+
+#[cfg(test)]
+pub mod support;
+
+#[cfg(test)]
+mod bodies;
+#[cfg(test)]
+mod captures;
+#[cfg(test)]
+mod cli;
+#[cfg(test)]
+mod failures;
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod routing;
+#[cfg(test)]
+mod streaming;

@@ -1,0 +1,374 @@
+//! A stream passes through untouched, event by event, and whoever leaves it frees the other side at once.
+//!
+//! Time proves nothing on a busy machine, order does: an event is made only when the one before has arrived
+//! at the client, so a proxy that holds anything back makes the test stand still.
+
+use crate::support::client::{Answer as Reply, Client, Line, Request};
+use crate::support::engine::{Answer, Engine, Gate, addresses, delta, usage};
+use crate::support::proxy::Proxy;
+use crate::support::{one_upstream, wait_until};
+
+const BOTH: [Line; 2] = [Line::Http1, Line::Http2];
+
+fn streamed() -> Request {
+    Request::streamed("tiny", "how much may she carry")
+}
+
+async fn before(engine: &Engine) -> Proxy {
+    Proxy::start(&one_upstream(&[engine.address()], "")).await
+}
+
+/// Sends a streamed request and waits for the head of its answer and its first event.
+async fn first_event(client: &mut Client) -> String {
+    client.send(&streamed()).await;
+    let head = client.head().await;
+    assert_eq!(head.status, 200);
+    assert!(head.header("content-type").is_some_and(|kind| kind.starts_with("text/event-stream")));
+    let piece = client.piece().await.expect("a stream that lives").expect("a first event");
+    String::from_utf8_lossy(&piece).into_owned()
+}
+
+/// Two engines of which the first to be asked does `first` and the other streams `hello`.
+fn one_then_another(first: impl Fn() -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    [(); 2].map(|()| {
+        let (asked, first) = (asked.clone(), first.clone());
+        Engine::start(move |_| match asked.swap(true, std::sync::atomic::Ordering::SeqCst) {
+            false => first(),
+            true => Answer::stream_of(&[&delta("hello")]),
+        })
+    })
+}
+
+fn seen(engines: &[Engine]) -> Vec<usize> {
+    engines.iter().map(Engine::count).collect()
+}
+
+fn assert_is_the_good_stream(reply: &Reply) {
+    assert_eq!((reply.status, reply.complete), (200, true));
+    assert_eq!(reply.events(), [delta("hello"), "[DONE]".to_owned()]);
+}
+
+async fn every_event_arrives_before_the_next_is_made(line: Line) {
+    const EVENTS: u64 = 40;
+    let gate = Gate::new();
+    let scripted = gate.clone();
+    let engine = Engine::start(move |_| {
+        let events = (1..EVENTS).fold(Answer::stream().event(&delta("0")), |answer, number| {
+            answer.wait(&scripted).event(&delta(&number.to_string()))
+        });
+        events.wait(&scripted).end()
+    });
+    let proxy = before(&engine).await;
+    let mut client = proxy.client(line).await;
+    assert_eq!(first_event(&mut client).await, format!("data: {}\n\n", delta("0")));
+    for number in 1..EVENTS {
+        gate.reached(number).await;
+        let reads = client.reads();
+        gate.open();
+        let piece = client.piece().await.unwrap().unwrap();
+        assert_eq!(piece, format!("data: {}\n\n", delta(&number.to_string())));
+        assert_eq!(client.reads() - reads, 1, "event {number} took more than one read");
+    }
+    gate.open();
+    assert_eq!(client.piece().await.unwrap(), None);
+    #[expect(clippy::cast_precision_loss, reason = "40 is exact")]
+    proxy.counts("plimsoll_stream_reads_total", &[("backend", &engine.address())], EVENTS as f64).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn every_event_reaches_an_http1_client_in_one_read_before_the_next_is_made() {
+    every_event_arrives_before_the_next_is_made(Line::Http1).await;
+}
+
+#[tokio::test]
+async fn every_event_reaches_an_http1_client_over_tls_before_the_next_is_made() {
+    every_event_arrives_before_the_next_is_made(Line::Http1Tls).await;
+}
+
+#[tokio::test]
+async fn every_event_reaches_an_http2_client_in_one_frame_before_the_next_is_made() {
+    every_event_arrives_before_the_next_is_made(Line::Http2).await;
+}
+
+#[tokio::test]
+async fn every_event_reaches_an_http2_client_over_tls_before_the_next_is_made() {
+    every_event_arrives_before_the_next_is_made(Line::Http2Tls).await;
+}
+
+#[tokio::test]
+async fn a_burst_of_events_arrives_byte_for_byte() {
+    let whole: String = (0..3000).map(|number| format!("data: {}\n\n", delta(&number.to_string()))).collect();
+    let engine = Engine::start(|_| {
+        let events =
+            (0..3000).fold(Answer::stream(), |answer, number| answer.event(&delta(&number.to_string())));
+        events.end()
+    });
+    let proxy = before(&engine).await;
+    for line in BOTH {
+        let reply = proxy.client(line).await.ask(&streamed()).await;
+        assert!(reply.complete);
+        assert!(reply.text() == whole, "{line:?}: {} of {} bytes", reply.body.len(), whole.len());
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_event_in_many_pieces_and_one_of_a_megabyte_arrive_byte_for_byte() {
+    let large = delta(&"x".repeat(1 << 20));
+    let whole = format!(": hello\r\n\r\ndata: {}\r\n\r\ndata: {large}\n\ndata: [DONE]\n\n", delta("a"));
+    let sent = whole.clone();
+    let engine = Engine::start(move |_| {
+        let (start, rest) = sent.split_at(200);
+        let pieces = start.as_bytes().chunks(1).fold(Answer::stream(), Answer::chunk);
+        rest.as_bytes().chunks(50_000).fold(pieces, Answer::chunk).end()
+    });
+    let proxy = before(&engine).await;
+    for line in BOTH {
+        let reply = proxy.client(line).await.ask(&streamed()).await;
+        assert!(reply.complete);
+        assert!(reply.text() == whole, "{line:?}: {} of {} bytes", reply.body.len(), whole.len());
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_ends_with_its_connection_is_complete() {
+    let engine = Engine::start(|_| {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
+        Answer::default().write(head).write("data: a\n\n").write("data: [DONE]\n\n").close()
+    });
+    let proxy = before(&engine).await;
+    for line in BOTH {
+        let reply = proxy.client(line).await.ask(&streamed()).await;
+        assert_eq!((reply.text().as_str(), reply.complete), ("data: a\n\ndata: [DONE]\n\n", true));
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_of_a_stream_frees_the_engine() {
+    let engine = Engine::start(|_| Answer::stream().event(&delta("a")).wait(&Gate::new()));
+    let proxy = before(&engine).await;
+    for (line, left) in BOTH.into_iter().zip(1..) {
+        let mut client = proxy.client(line).await;
+        first_event(&mut client).await;
+        let _connection = client.cancel();
+        engine.abandoned(left).await;
+    }
+    proxy.counts("plimsoll_requests_total", &[("outcome", "client_gone")], 2.0).await;
+    proxy.assert_at_rest().await;
+}
+
+async fn a_waiting_client_that_leaves_frees_the_engine(
+    request: Request,
+    held: impl Fn() -> Answer + Send + Sync + 'static,
+) {
+    let engine = Engine::start(move |_| held());
+    let proxy = before(&engine).await;
+    for (line, left) in BOTH.into_iter().zip(1..) {
+        let mut client = proxy.client(line).await;
+        client.send(&request).await;
+        engine.received(usize::try_from(left).expect("small")).await;
+        let _connection = client.cancel();
+        engine.abandoned(left).await;
+    }
+    proxy.counts("plimsoll_requests_total", &[("outcome", "client_gone")], 2.0).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_the_engine_is_silent_frees_it() {
+    a_waiting_client_that_leaves_frees_the_engine(streamed(), Answer::silence).await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_between_the_header_and_the_first_event_frees_the_engine() {
+    a_waiting_client_that_leaves_frees_the_engine(streamed(), || Answer::stream().wait(&Gate::new())).await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_an_answer_that_is_not_streamed_frees_the_engine() {
+    a_waiting_client_that_leaves_frees_the_engine(Request::chat("tiny", "hello"), Answer::silence).await;
+}
+
+#[tokio::test]
+async fn an_http2_connection_outlives_a_request_that_was_given_up() {
+    let engine = Engine::start(|seen| match seen.head.header("x-quick") {
+        Some(_) => Answer::stream_of(&[&delta("hello")]),
+        None => Answer::stream().event(&delta("a")).wait(&Gate::new()),
+    });
+    let proxy = before(&engine).await;
+    let mut client = proxy.client(Line::Http2).await;
+    first_event(&mut client).await;
+    let mut client = client.cancel().expect("HTTP/2 keeps its connection");
+    engine.abandoned(1).await;
+    assert_is_the_good_stream(&client.ask(&streamed().with("x-quick", "1")).await);
+}
+
+#[tokio::test]
+async fn a_stream_that_dies_between_its_header_and_its_first_event_goes_to_another_backend() {
+    let deaths: [fn() -> Answer; 2] = [|| Answer::stream().close(), || Answer::stream().reset()];
+    for death in deaths {
+        for line in BOTH {
+            let engines = one_then_another(death);
+            let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
+            assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
+            assert_eq!(seen(&engines), [1, 1]);
+            proxy.assert_at_rest().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_as_first_event_goes_to_another_backend() {
+    let error =
+        r#"{"error":{"message":"The request queue is full.","type":"ServiceUnavailable","code":503}}"#;
+    for line in BOTH {
+        let engines = one_then_another(move || Answer::stream_of(&[error]));
+        let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
+        assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
+        assert_eq!(seen(&engines), [1, 1]);
+        proxy.counts("plimsoll_retries_total", &[], 1.0).await;
+        proxy.assert_at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn an_error_as_first_event_passes_through_where_there_is_no_other_backend() {
+    let error = r#"{"error":{"message":"The request queue is full.","code":503}}"#;
+    let engine = Engine::start(move |_| Answer::stream_of(&[error]));
+    let proxy = before(&engine).await;
+    for (line, count) in BOTH.into_iter().zip(1..) {
+        let reply = proxy.client(line).await.ask(&streamed()).await;
+        assert_eq!((reply.status, reply.complete), (200, true));
+        assert_eq!(reply.events(), [error, "[DONE]"]);
+        assert_eq!(engine.count(), count);
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_error_later_in_a_stream_passes_through_and_is_counted() {
+    let error = r#"{"error":{"message":"EngineCore encountered an issue.","code":500}}"#;
+    let engines = one_then_another(move || Answer::stream_of(&[&delta("a"), error]));
+    let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
+    let reply = proxy.ask(&streamed()).await;
+    assert_eq!((reply.status, reply.complete), (200, true));
+    assert_eq!(reply.events(), [&delta("a"), error, "[DONE]"]);
+    assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
+    proxy.counts("plimsoll_requests_total", &[("outcome", "engine_error")], 1.0).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_cut_ends_with_an_error_event_and_a_clean_end() {
+    let cuts: [fn() -> Answer; 4] = [
+        || Answer::stream().event(&delta("a")).close(),
+        || Answer::stream().event(&delta("a")).reset(),
+        || Answer::stream().event(&delta("a")).chunk("data: {\"choi").close(),
+        || Answer::stream().event(&delta("a")).write("100\r\ndata: {\"choices").close(),
+    ];
+    for (number, cut) in cuts.into_iter().enumerate() {
+        for line in BOTH {
+            // The event must be with the client before a reset may overtake it on the way to the proxy.
+            let gate = Gate::new();
+            let scripted = gate.clone();
+            let engines = one_then_another(move || cut().gated_after_first_event(&scripted));
+            let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
+            let mut client = proxy.client(line).await;
+            assert_eq!(first_event(&mut client).await, format!("data: {}\n\n", delta("a")));
+            gate.open();
+            let (rest, complete) = client.rest().await;
+            let rest = String::from_utf8_lossy(&rest).into_owned();
+            assert!(complete, "cut {number} over {line:?} did not end cleanly: {rest:?}");
+            let last = rest.trim_end().rsplit("\n\n").next().unwrap_or_default();
+            let data = last
+                .trim_start()
+                .strip_prefix("data: ")
+                .unwrap_or_else(|| panic!("no last event in {rest:?}"));
+            let error: serde_json::Value =
+                serde_json::from_str(data).unwrap_or_else(|_| panic!("not JSON: {data}"));
+            assert_eq!(error["error"]["code"], "stream_cut", "cut {number} over {line:?}: {rest:?}");
+            assert!(error["error"]["message"].is_string() && error["error"]["type"].is_string(), "{error}");
+            assert_eq!(seen(&engines).iter().sum::<usize>(), 1, "never again after the first byte");
+            proxy.counts("plimsoll_requests_total", &[("outcome", "cut")], 1.0).await;
+            proxy.assert_at_rest().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_cut_answer_of_known_length_is_not_passed_off_as_complete() {
+    for line in BOTH {
+        let engines = one_then_another(|| {
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n";
+            Answer::default().write(format!("{head}{}", "x".repeat(2000))).close()
+        });
+        let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
+        let mut client = proxy.client(line).await;
+        client.send(&Request::chat("tiny", "hello")).await;
+        assert_eq!(client.head().await.status, 200);
+        let (_, complete) = client.rest().await;
+        assert!(!complete, "{line:?}");
+        assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
+        proxy.counts("plimsoll_requests_total", &[("outcome", "cut")], 1.0).await;
+        proxy.assert_at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_counted_from_the_usage_of_streams_and_of_whole_answers() {
+    let engine = Engine::start(|seen| match seen.head.header("x-whole") {
+        Some(_) => Answer::json(200, &usage(100, 20, 3)),
+        None => Answer::stream_of(&[&delta("a"), &delta("b"), &usage(1000, 200, 30)]),
+    });
+    let proxy = before(&engine).await;
+    for line in BOTH {
+        assert!(proxy.client(line).await.ask(&streamed()).await.complete);
+    }
+    assert!(proxy.ask(&Request::chat("tiny", "hello").with("x-whole", "1")).await.complete);
+    let backend = engine.address();
+    for (kind, tokens) in [("prompt", 2100.0), ("completion", 420.0), ("cached", 63.0)] {
+        proxy.counts("plimsoll_tokens_total", &[("kind", kind), ("backend", &backend)], tokens).await;
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_charge_is_held_until_the_first_content_event_and_no_longer() {
+    let gate = Gate::new();
+    let scripted = gate.clone();
+    let engine = Engine::start(move |_| {
+        let role = r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#;
+        Answer::stream().event(role).wait(&scripted).event(&delta("a")).wait(&scripted).event("[DONE]").end()
+    });
+    let proxy = before(&engine).await;
+    let mut client = proxy.client(Line::Http1).await;
+    let prompt = "long ".repeat(4000);
+    client.send(&Request::streamed("tiny", &prompt)).await;
+    gate.reached(1).await;
+    let pending = proxy.metrics().await.sum("plimsoll_pending_tokens", &[]);
+    assert!((2000.0..20_000.0).contains(&pending), "{pending} tokens for 20,000 bytes of prompt");
+    assert_eq!(proxy.metrics().await.sum("plimsoll_active_requests", &[]), 1.0);
+    gate.open();
+    wait_until("the first content to free the charge", async || {
+        let metrics = proxy.metrics().await;
+        metrics.sum("plimsoll_pending_tokens", &[]) == 0.0
+            && metrics.sum("plimsoll_active_requests", &[]) == 1.0
+    })
+    .await;
+    gate.open();
+    client.head().await;
+    assert!(client.rest().await.1);
+    proxy.counts("plimsoll_requests_total", &[("outcome", "ok")], 1.0).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn the_time_to_the_first_token_and_the_gaps_are_observed_once_each() {
+    let engine = Engine::streaming(&["a", "b", "c"]);
+    let proxy = before(&engine).await;
+    assert!(proxy.ask(&streamed()).await.complete);
+    proxy.counts("plimsoll_ttft_seconds_count", &[("backend", &engine.address())], 1.0).await;
+    assert!(proxy.metrics().await.has("plimsoll_event_gap_seconds_count", &[]));
+}

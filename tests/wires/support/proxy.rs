@@ -1,0 +1,189 @@
+//! The real binary, started with a configuration of its own on ports of its own, and killed with the test.
+
+use super::client::{Answer, Client, Line, Request};
+use super::metrics::Metrics;
+use super::port::Port;
+use super::{tls, wait_until};
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tokio::net::TcpStream;
+
+/// The binary under test: the one cargo built, or what PLIMSOLL_BIN names (a release build, say).
+pub fn binary() -> PathBuf {
+    std::env::var_os("PLIMSOLL_BIN").map_or_else(|| env!("CARGO_BIN_EXE_plimsoll").into(), PathBuf::from)
+}
+
+/// A new empty folder below cargo's folder for the files of tests.
+pub fn folder() -> PathBuf {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let name = format!("wires-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&folder).expect("cargo's folder for tests is writable");
+    folder
+}
+
+/// A running proxy with a plaintext, an h2c and a TLS listener and an admin listener.
+pub struct Proxy {
+    child: Child,
+    folder: PathBuf,
+    plain: Port,
+    h2c: Port,
+    tls: Port,
+    admin: Port,
+}
+
+impl Proxy {
+    /// Starts a proxy whose configuration is the listeners followed by `rest`, and waits until it is ready.
+    pub async fn start(rest: &str) -> Self {
+        let mut proxy = Self::spawn(rest, &[]);
+        proxy.listens().await;
+        wait_until("the proxy to be ready", async || {
+            proxy.admin(&Request::get("/readyz")).await.status == 200
+        })
+        .await;
+        proxy
+    }
+
+    /// Waits until every listener accepts connections, ready or not.
+    pub async fn listens(&mut self) {
+        for port in [self.plain.address(), self.h2c.address(), self.tls.address(), self.admin.address()] {
+            wait_until("the proxy to listen", async || {
+                self.assert_alive();
+                TcpStream::connect(port).await.is_ok()
+            })
+            .await;
+        }
+    }
+
+    /// Starts a proxy with further environment variables, not waiting for anything.
+    pub fn spawn(rest: &str, environment: &[(&str, &str)]) -> Self {
+        let folder = folder();
+        tls::write_pem(&folder);
+        let (plain, h2c, tls, admin) = (Port::take(), Port::take(), Port::take(), Port::take());
+        let listeners = format!(
+            "listeners:\n  - address: {}\n  - {{ address: {}, http2: true }}\n  - {{ address: {}, tls: {{ \
+             certificate: cert.pem, key: key.pem }} }}\nadmin: {{ address: {} }}\n",
+            plain.address(),
+            h2c.address(),
+            tls.address(),
+            admin.address()
+        );
+        let file = folder.join("plimsoll.yaml");
+        std::fs::write(&file, listeners + rest).expect("a writable folder");
+        let child = Command::new(binary())
+            .args(["run", "--config"])
+            .arg(&file)
+            .env("RUST_LOG", "info,plimsoll=debug")
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(folder.join("stderr")).expect("a writable folder"))
+            .spawn()
+            .expect("the binary starts");
+        Self { child, folder, plain, h2c, tls, admin }
+    }
+
+    /// Where it listens for that kind of client.
+    pub fn address(&self, line: Line) -> SocketAddr {
+        match line {
+            Line::Http1 => self.plain.address(),
+            Line::Http2 => self.h2c.address(),
+            Line::Http1Tls | Line::Http2Tls => self.tls.address(),
+        }
+    }
+
+    /// A new connection to it.
+    pub async fn client(&self, line: Line) -> Client {
+        Client::connect(self.address(line), line).await
+    }
+
+    /// The answer to one request on a new plaintext HTTP/1.1 connection.
+    pub async fn ask(&self, request: &Request) -> Answer {
+        self.client(Line::Http1).await.ask(request).await
+    }
+
+    /// The answer of the admin listener.
+    pub async fn admin(&self, request: &Request) -> Answer {
+        Client::connect(self.admin.address(), Line::Http1).await.ask(request).await
+    }
+
+    /// What `GET /metrics` says now.
+    pub async fn metrics(&self) -> Metrics {
+        let answer = self.admin(&Request::get("/metrics")).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        Metrics::parse(&answer.text())
+    }
+
+    /// Waits until the samples of that name with those labels add up to `value`: a request is settled after
+    /// its answer.
+    pub async fn counts(&self, name: &str, labels: &[(&str, &str)], value: f64) {
+        let mut last = f64::NAN;
+        wait_until(&format!("{name}{labels:?} == {value}"), async || {
+            let now = self.metrics().await.sum(name, labels);
+            if now != last {
+                eprintln!("{name}{labels:?} is {now}, wanted {value}");
+            }
+            last = now;
+            now == value
+        })
+        .await;
+    }
+
+    /// Waits until nothing is charged to any backend and no body is held.
+    pub async fn assert_at_rest(&self) {
+        let metrics = self.metrics().await;
+        for gauge in ["plimsoll_pending_tokens", "plimsoll_active_requests", "plimsoll_context_tokens"] {
+            assert!(metrics.has(gauge, &[]), "no {gauge} in the metrics");
+            self.counts(gauge, &[], 0.0).await;
+        }
+        assert!(
+            metrics.has("plimsoll_buffered_body_bytes", &[]),
+            "no plimsoll_buffered_body_bytes in the metrics"
+        );
+        self.counts("plimsoll_buffered_body_bytes", &[], 0.0).await;
+    }
+
+    /// What it has written to stderr.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("stderr")).unwrap_or_default()
+    }
+
+    /// Sends it a signal by its name, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        let command = format!("kill -{name} {}", self.child.id());
+        assert!(Command::new("sh").args(["-c", &command]).status().expect("sh").success(), "{command}");
+    }
+
+    /// Waits until the process has ended by itself.
+    pub async fn exit(&mut self) -> ExitStatus {
+        let mut status = None;
+        let child = &mut self.child;
+        wait_until("the process to end", async || {
+            status = child.try_wait().expect("our own child");
+            status.is_some()
+        })
+        .await;
+        status.expect("it has ended")
+    }
+
+    fn assert_alive(&mut self) {
+        if let Some(status) = self.child.try_wait().expect("our own child") {
+            panic!("the proxy ended: {status}");
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _already_gone = self.child.kill();
+        let _status = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("stderr of the proxy:\n{}", self.log());
+        } else {
+            let _left_behind = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+}
