@@ -132,14 +132,12 @@ fn resolve(upstream: &str, backends: &[config::Backend]) -> Result<Vec<Member>, 
 }
 
 fn server_conf(config: &Config) -> ServerConf {
-    let connections: u32 = config
-        .upstreams
-        .values()
-        .map(|u| u.keepalive.connections.saturating_mul(u.backends.len() as u32))
-        .sum();
+    // One pool for all upstreams, and Pingora multiplies its size by the threads.
+    let connections: usize = config.upstreams.values().map(|u| u.keepalive.connections as usize).sum();
+    let threads = config.server.threads as usize;
     let mut conf = ServerConf {
-        threads: config.server.threads as usize,
-        upstream_keepalive_pool_size: connections.max(1) as usize,
+        threads,
+        upstream_keepalive_pool_size: connections.div_ceil(threads).max(1),
         max_retries: ATTEMPTS_LIMIT,
         grace_period_seconds: Some(config.server.drain_timeout.as_secs()),
         graceful_shutdown_timeout_seconds: Some(0),

@@ -22,7 +22,9 @@ pub(super) fn peer(config: &config::Upstream, live: &Live, group: u64) -> HttpPe
     options.total_connection_timeout = Some(config.timeouts.connect * 2);
     options.read_timeout = Some(config.timeouts.read);
     options.write_timeout = Some(config.timeouts.send);
-    options.idle_timeout = Some(config.keepalive.idle_timeout);
+    // Zero keeps no connection.
+    let keep = config.keepalive.connections > 0;
+    options.idle_timeout = Some(if keep { config.keepalive.idle_timeout } else { Duration::ZERO });
     peer
 }
 

@@ -315,3 +315,99 @@ fn backend_set(members: &[Member]) -> BTreeSet<Backend> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::ledger::Account;
+    use crate::policy::Reason;
+
+    fn upstream(backends: u8, configure: impl FnOnce(&mut config::Upstream)) -> Arc<Upstream> {
+        let mut config = config::Upstream::default();
+        configure(&mut config);
+        let members: Vec<_> = (1..=backends)
+            .map(|n| Member {
+                address: SocketAddr::from(([10, 0, 0, n], 8000)),
+                weight: 1,
+                host: String::new(),
+            })
+            .collect();
+        let metrics = Metrics::new().unwrap();
+        Upstream::new("llama", config, &members, None, Clock::start(), &metrics, 1)
+    }
+
+    fn request() -> Request<'static> {
+        Request { prompt_tokens: 100, blocks: &[], block_tokens: 128.0, session: None }
+    }
+
+    fn at_rest(upstream: &Upstream) -> bool {
+        upstream.states().iter().all(|state| state.account == Account::default())
+    }
+
+    #[test]
+    fn an_assignment_is_charged_until_it_is_dropped() {
+        let upstream = upstream(2, |_| {});
+        let mut first = upstream.assign(&request(), &[]).unwrap();
+        let second = upstream.assign(&request(), &[]).unwrap();
+        assert_ne!(first.address, second.address);
+        let pending =
+            |upstream: &Upstream| upstream.states().iter().map(|s| s.account.pending_tokens).sum::<u64>();
+        assert_eq!(pending(&upstream), 200);
+        first.answer();
+        assert_eq!(pending(&upstream), 100);
+        drop((first, second));
+        assert!(at_rest(&upstream));
+    }
+
+    #[test]
+    fn a_backend_that_was_tried_is_not_assigned_again() {
+        let upstream = upstream(2, |_| {});
+        let first = upstream.assign(&request(), &[]).unwrap();
+        let second = upstream.assign(&request(), &[first.slot]).unwrap();
+        assert_ne!(first.address, second.address);
+        assert!(upstream.assign(&request(), &[first.slot, second.slot]).is_none());
+        assert!(!upstream.has_room(&[first.slot, second.slot]));
+    }
+
+    #[test]
+    fn a_backend_that_is_down_is_assigned_only_as_a_last_resort() {
+        let upstream = upstream(2, |_| {});
+        let [down, up] = [1, 2].map(|n| SocketAddr::from(([10, 0, 0, n], 8000)));
+        upstream.shared.observe_health(&down, false);
+        let first = upstream.assign(&request(), &[]).unwrap();
+        assert_eq!((first.address, first.reason), (up, Reason::Only));
+        let second = upstream.assign(&request(), &[first.slot]).unwrap();
+        assert_eq!((second.address, second.reason), (down, Reason::LastResort));
+        drop((first, second));
+        assert!(at_rest(&upstream));
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_room_and_is_admitted_when_another_ends() {
+        let upstream = upstream(1, |config| config.max_requests = Some(1));
+        let first = upstream.admit(&request()).await.unwrap().unwrap();
+        let waiting = upstream.clone();
+        let second = tokio::spawn(async move { waiting.admit(&request()).await.unwrap().is_some() });
+        while upstream.shared.queue.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        assert!(second.await.unwrap());
+        assert!(at_rest(&upstream));
+    }
+
+    #[test]
+    fn a_price_is_learned_per_model() {
+        let upstream = upstream(1, |_| {});
+        let digest = crate::prompt::digest(
+            crate::prompt::Endpoint::Completions,
+            br#"{"model": "m", "prompt": "0123456789012345678901234567890123456789"}"#,
+        );
+        assert_eq!(upstream.price(&digest, None).prompt_tokens, 10);
+        let long = Digest { prompt_bytes: 8_000, ..digest.clone() };
+        for _ in 0..500 {
+            upstream.learn(&long, 1_000);
+        }
+        assert!((5..=6).contains(&upstream.price(&digest, None).prompt_tokens));
+    }
+}

@@ -129,15 +129,17 @@ impl BackendIter for Picks {
         // The one before was not accepted: settle it before picking again.
         self.current = None;
         let shared = self.selector.shared.as_ref()?;
-        let request = Request {
-            prompt_tokens: self.key.prompt_tokens,
-            blocks: &self.key.blocks,
-            block_tokens: self.key.block_tokens,
-            session: self.key.session,
+        let Parsed { prompt_tokens, block_tokens, session, .. } = self.key;
+        let request = Request { prompt_tokens, blocks: &self.key.blocks, block_tokens, session };
+        // A backend that has just left the set is charged in vain, and settled as it is passed over.
+        let (charge, backend) = loop {
+            let charge = shared.pick(&request, &self.key.tried)?;
+            self.key.tried.push(charge.slot);
+            if let Some(backend) = self.selector.backends.get(&charge.address) {
+                break (charge, backend);
+            }
         };
-        let charge = shared.pick(&request, &self.key.tried)?;
-        self.key.tried.push(charge.slot);
-        let mut backend = self.selector.backends.get(&charge.address)?.clone();
+        let mut backend = backend.clone();
         backend.ext.insert(Attached(Arc::new(Mutex::new(Some(charge)))));
         self.current = Some(backend);
         self.current.as_ref()
