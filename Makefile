@@ -4,7 +4,7 @@
 .PHONY: demo test tools release install-cmake
 
 demo: tools
-	cargo run --locked --quiet -- demo
+	cargo run --locked -- demo
 
 # What CI runs, in the order in which it fails fastest.
 test: tools

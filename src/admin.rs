@@ -1,6 +1,7 @@
 //! The admin listener: metrics, liveness, readiness, and the state of every backend.
 //!
-//! It has a listener and threads of its own, so that a scrape never waits behind traffic, and is meant for loopback.
+//! It has a listener and threads of its own, so that a scrape never waits behind traffic, and is meant for
+//! loopback.
 
 use std::sync::Arc;
 

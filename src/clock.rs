@@ -1,7 +1,7 @@
 //! The only reader of the clock: everything below the shell takes `now` as an argument.
 //!
-//! A decision that reads the clock cannot be replayed. So time enters the program here, as [`Time`], and is handed
-//! down; the simulator hands down a time of its own and runs the same code.
+//! A decision that reads the clock cannot be replayed. So time enters the program here, as [`Time`], and is
+//! handed down; the simulator hands down a time of its own and runs the same code.
 
 use std::ops::Add;
 use std::time::{Duration, Instant, SystemTime};

@@ -8,12 +8,13 @@
 //!                          route.rs            via balance/mod.rs  tap.rs     ledger.rs
 //! ```
 //!
-//! The body is read and digested once, a backend is chosen by what each GPU still owes and by what it has already cached,
-//! its tokens are charged to that backend until the first byte arrives, the stream passes through untouched, and the charge is settled
-//! exactly once, whatever happens. Follow one request in [`proxy`], from top to bottom.
+//! The body is read and digested once, a backend is chosen by what each GPU still owes and by what it has
+//! already cached, its tokens are charged to that backend until the first byte arrives, the stream passes
+//! through untouched, and the charge is settled exactly once, whatever happens. Follow one request in
+//! [`proxy`], from top to bottom.
 //!
-//! The rooms, each of which imports only those before it. Up to [`sim`] they are pure: no I/O, no clock, no global randomness, so that
-//! the simulator and the proxy run the same decisions.
+//! The rooms, each of which imports only those before it. Up to [`sim`] they are pure: no I/O, no clock, no
+//! global randomness, so that the simulator and the proxy run the same decisions.
 
 pub mod clock;
 

@@ -1,8 +1,9 @@
 //! From a configuration to a running process: the wiring, and how it starts and stops.
 //!
-//! Everything that can be wrong is found out before anything is started: addresses that do not resolve or are taken, certificates that
-//! do not fit their keys. Then one Pingora server runs the proxy, the admin listener and one background service, which probes and polls the upstreams, tells systemd
-//! that we are ready, and ends the process when the last request has ended after a SIGTERM.
+//! Everything that can be wrong is found out before anything is started: addresses that do not resolve or are
+//! taken, certificates that do not fit their keys. Then one Pingora server runs the proxy, the admin listener
+//! and one background service, which probes and polls the upstreams, tells systemd that we are ready, and
+//! ends the process when the last request has ended after a SIGTERM.
 
 use std::net::{TcpListener, ToSocketAddrs};
 use std::path::Path;
@@ -27,7 +28,7 @@ use crate::clock::Clock;
 use crate::config::{self, Config};
 use crate::observe::metrics::Metrics;
 use crate::proxy::{InFlight, Proxy};
-use crate::upstream::{Member, Upstream};
+use crate::upstream::{Member, Probes, Upstream};
 
 /// Pingora ends a request after so many attempts, whatever we say; ours end long before.
 const ATTEMPTS_LIMIT: usize = 64;
@@ -35,6 +36,9 @@ const ATTEMPTS_LIMIT: usize = 64;
 /// HTTP/2 windows: a prompt of a megabyte should not need sixteen round trips.
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// What the last frames of a finished HTTP/2 answer get to leave the process.
+const LAST_FRAMES: Duration = Duration::from_millis(100);
 
 /// Why the server could not start.
 #[derive(Debug)]
@@ -48,13 +52,14 @@ impl std::fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// Runs what `config` describes until a signal ends it. With `upgrade`, the listening sockets are taken over from the process
-/// that runs already.
+/// Runs what `config` describes until a signal ends it. With `upgrade`, the listening sockets are taken over
+/// from the process that runs already.
 pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     let clock = Clock::start();
     raise_open_files(config.server.open_files);
     let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
-    let upstreams = upstreams(config, clock, &metrics)?;
+    let mut probes = Probes::default();
+    let upstreams = upstreams(config, clock, &metrics, &mut probes)?;
     if !upgrade {
         check_free(config)?;
     }
@@ -76,11 +81,13 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     }
     if let Some(admin) = &config.admin {
         let mut service = Service::new("admin".to_owned(), Admin::new(upstreams.clone(), metrics));
+        service.threads = Some(1);
         service.add_tcp(&admin.address);
         server.add_service(service);
     }
     let background = Background {
         upstreams,
+        probes,
         in_flight,
         drain_timeout: config.server.drain_timeout,
         listeners: config.listeners.iter().map(|l| l.address.clone()).collect(),
@@ -94,22 +101,19 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     Ok(())
 }
 
-fn upstreams(config: &Config, clock: Clock, metrics: &Metrics) -> Result<Vec<Arc<Upstream>>, StartError> {
+fn upstreams(
+    config: &Config,
+    clock: Clock,
+    metrics: &Metrics,
+    probes: &mut Probes,
+) -> Result<Vec<Arc<Upstream>>, StartError> {
     config
         .upstreams
         .iter()
         .map(|(name, upstream)| {
             let members = resolve(name, &upstream.backends)?;
             let authorization = upstream.api_key.as_ref().map(|key| format!("Bearer {}", key.expose()));
-            Ok(Upstream::new(
-                name,
-                upstream.clone(),
-                &members,
-                authorization,
-                clock,
-                metrics,
-                fastrand::u64(..),
-            ))
+            Ok(Upstream::new(name, upstream.clone(), &members, authorization, clock, metrics, probes))
         })
         .collect()
 }
@@ -229,6 +233,7 @@ fn raise_open_files(wanted: Option<u32>) {
 /// What runs beside the proxy.
 struct Background {
     upstreams: Vec<Arc<Upstream>>,
+    probes: Probes,
     in_flight: InFlight,
     drain_timeout: Duration,
     listeners: Vec<String>,
@@ -238,8 +243,9 @@ struct Background {
 impl BackgroundService for Background {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         let upstreams = futures::future::join_all(self.upstreams.iter().map(|u| u.run(shutdown.clone())));
+        let probes = self.probes.run(shutdown.clone());
         let work = async {
-            futures::join!(self.announce(), upstreams);
+            futures::join!(self.announce(), upstreams, probes);
             // Nothing to probe or poll is no reason to end.
             std::future::pending::<()>().await;
         };
@@ -264,7 +270,8 @@ impl Background {
         notify("READY=1");
     }
 
-    /// Ends the process when the last request has ended, at the latest after `drain_timeout`, or at a second signal.
+    /// Ends the process when the last request has ended, at the latest after `drain_timeout`, or at a second
+    /// signal.
     async fn drain(&self) {
         notify("STOPPING=1");
         let mut again = signal(SignalKind::terminate()).ok();
@@ -276,12 +283,26 @@ impl Background {
         };
         log::info!("draining in_flight={}", self.in_flight.count());
         tokio::select! {
-            () = self.in_flight.none() => log::info!("drained"),
+            () = self.at_rest() => log::info!("drained"),
             () = tokio::time::sleep(self.drain_timeout) => log::warn!("drain timeout cut={}", self.in_flight.count()),
             _ = second => log::warn!("second signal cut={}", self.in_flight.count()),
         }
         log::logger().flush();
         std::process::exit(0);
+    }
+}
+
+impl Background {
+    /// Resolves when nothing has been in flight for a moment: the last frames of an HTTP/2 answer are still
+    /// being written when its request has ended.
+    async fn at_rest(&self) {
+        loop {
+            self.in_flight.none().await;
+            tokio::time::sleep(LAST_FRAMES).await;
+            if self.in_flight.count() == 0 {
+                return;
+            }
+        }
     }
 }
 
@@ -308,7 +329,8 @@ fn notify(state: &str) {
     }
 }
 
-/// TERM drains, INT ends at once, QUIT hands over to a successor if there is one: without, Pingora would stop serving for nothing.
+/// TERM drains, INT ends at once, QUIT hands over to a successor if there is one: without, Pingora would stop
+/// serving for nothing.
 struct Signals {
     upgrade_socket: Option<String>,
 }

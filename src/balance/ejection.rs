@@ -1,16 +1,18 @@
 //! Passive ejection: a backend that keeps failing is left alone for a while.
 //!
-//! The classic `max_fails` / `fail_timeout` of nginx, with the holes closed that make it an outage switch: a poison prompt that fails
-//! everywhere must not empty the fleet, a full engine is not a broken one, and the last backend is never removed
-//! (research/reliability.md s.0 and s.1.2).
+//! The classic `max_fails` / `fail_timeout` of nginx, with the holes closed that make it an outage switch: a
+//! poison prompt that fails everywhere must not empty the fleet, a full engine is not a broken one, and the
+//! last backend is never removed (research/reliability.md s.0 and s.1.2).
 //!
-//! * A *certain* fault (no connection) counts at once. `max_fails` of them within `fail_timeout` eject for `fail_timeout`.
-//! * A *suspect* one (5xx, connection lost before the first byte, timeout) may be the request's fault. It counts at once if
-//!   another backend answered the same request. Otherwise it is held: it counts when `max_fails` of them
-//!   come in a row on this backend while others succeed, and a success here clears it.
+//! * A *certain* fault (no connection) counts at once. `max_fails` of them within `fail_timeout` eject for
+//!   `fail_timeout`.
+//! * A *suspect* one (5xx, connection lost before the first byte, timeout) may be the request's fault. It
+//!   counts at once if another backend answered the same request. Otherwise it is held: it counts when
+//!   `max_fails` of them come in a row on this backend while others succeed, and a success here clears it.
 //! * *Back-pressure* (429, 503) never counts; the backend cools down for as long as it asked.
 //! * At most [`limit`] backends are ejected together.
-//! * An ejected backend that returns is on probation: its next fault ejects it again, its next success clears it.
+//! * An ejected backend that returns is on probation: its next fault ejects it again, its next success clears
+//!   it.
 
 use std::time::Duration;
 
@@ -70,7 +72,8 @@ impl Record {
         self.overtaken = true;
     }
 
-    /// The backend failed; true if that is one too many. `elsewhere` says that another backend answered the same request.
+    /// The backend failed; true if that is one too many. `elsewhere` says that another backend answered the
+    /// same request.
     #[must_use]
     pub fn fail(&mut self, rule: Rule, fault: Fault, elsewhere: bool, now: Time) -> bool {
         if rule.max_fails == 0 || self.ejected(now) {
@@ -104,8 +107,8 @@ impl Record {
     }
 }
 
-/// How many of `members` may be ejected together: all but one for certain faults, which no request can provoke; for
-/// suspected ones, all but one of up to three, else a third.
+/// How many of `members` may be ejected together: all but one for certain faults, which no request can
+/// provoke; for suspected ones, all but one of up to three, else a third.
 pub fn limit(members: usize, fault: Fault) -> usize {
     if members <= 3 || fault == Fault::Certain { members.saturating_sub(1) } else { members / 3 }
 }

@@ -1,12 +1,13 @@
 //! The prefix index: which backend has probably cached how much of this prompt.
 //!
-//! Engines cache prompt prefixes in blocks and answer a prompt whose prefix they hold many times faster, but they do not say what
-//! they hold. What they were sent, we know: the index remembers the block hashes of dispatched prompts, per backend and as
-//! long as the backend's cache would (least recently used goes first). Hashes are chained, so one hash stands for
-//! the whole prefix that ends in its block.
+//! Engines cache prompt prefixes in blocks and answer a prompt whose prefix they hold many times faster, but
+//! they do not say what they hold. What they were sent, we know: the index remembers the block hashes of
+//! dispatched prompts, per backend and as long as the backend's cache would (least recently used goes first).
+//! Hashes are chained, so one hash stands for the whole prefix that ends in its block.
 //!
-//! All backends share one map from hash to a set of holders. A prompt is matched by walking its chain once, narrowing the set of backends
-//! that held every block so far: O(blocks), whatever the number of backends. Formula and evidence: research/routing.md s.7.2.
+//! All backends share one map from hash to a set of holders. A prompt is matched by walking its chain once,
+//! narrowing the set of backends that held every block so far: O(blocks), whatever the number of backends.
+//! Formula and evidence: research/routing.md s.7.2.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -63,7 +64,8 @@ impl PrefixIndex {
         while held < blocks.len() && self.caches[slot].contains(&blocks[held]) {
             held += 1;
         }
-        // The deepest first: engines free the tail of a chain before its head, so the head must be the most recent.
+        // The deepest first: engines free the tail of a chain before its head, so the head must be the most
+        // recent.
         for block in blocks.iter().rev() {
             if self.caches[slot].promote(block) {
                 continue;

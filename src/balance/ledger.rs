@@ -1,10 +1,11 @@
 //! The ledger: what each backend owes, in tokens and requests, kept by the proxy itself.
 //!
-//! Every request in flight is one [`Charge`]: made at dispatch, lightened at the first content byte (the prefill is
-//! done), settled exactly once at the end, however it ends. The amounts are frozen in the charge, so what is taken is what is given
-//! back, and all counters are zero when nothing is in flight.
+//! Every request in flight is one [`Charge`]: made at dispatch, lightened at the first content byte (the
+//! prefill is done), settled exactly once at the end, however it ends. The amounts are frozen in the charge,
+//! so what is taken is what is given back, and all counters are zero when nothing is in flight.
 //!
-//! Entries are keyed by address: a backend that leaves and returns, or changes its weight, finds its counters as they were.
+//! Entries are keyed by address: a backend that leaves and returns, or changes its weight, finds its counters
+//! as they were.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

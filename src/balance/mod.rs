@@ -1,14 +1,15 @@
 //! The state of one upstream and every decision about it.
 //!
-//! [`Balancer`] is the heart of the product, without I/O, clock or global randomness: it knows the backends, what each
-//! owes ([`ledger`]), what each has probably cached ([`index`]), who is down, ejected or cooling ([`ejection`]), and asks the
-//! [`crate::policy`] for the rest. The proxy and the simulator drive the same object.
+//! [`Balancer`] is the heart of the product, without I/O, clock or global randomness: it knows the backends,
+//! what each owes ([`ledger`]), what each has probably cached ([`index`]), who is down, ejected or cooling
+//! ([`ejection`]), and asks the [`crate::policy`] for the rest. The proxy and the simulator drive the same
+//! object.
 //!
 //! ```text
-//! pick ──> Pick { charge, reason }        rank and charge in one step, so that no two requests see the same idle backend
-//! answer(&mut charge)                     first content byte: the prefill is done
-//! succeed / fail / cool                   what the attempt says of the backend
-//! settle(charge)                          the end, exactly once
+//! pick ──> Pick { charge, reason }   rank and charge in one step: no two requests see the same idle backend
+//! answer(&mut charge)                first content byte: the prefill is done
+//! succeed / fail / cool              what the attempt says of the backend
+//! settle(charge)                     the end, exactly once
 //! ```
 
 pub mod ejection;
@@ -59,6 +60,15 @@ pub enum NoPick {
     Full,
     /// Every backend has been tried, or there is none.
     Exhausted,
+}
+
+/// Which backends are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Those that are up, not ejected and not cooling down.
+    Available,
+    /// All of them: the last resort.
+    Any,
 }
 
 /// One backend, as an observer sees it.
@@ -125,7 +135,8 @@ impl Balancer {
         }
     }
 
-    /// Sets which backends there are, with their weights. Those known before keep their state; new ones start healthy.
+    /// Sets which backends there are, with their weights. Those known before keep their state; new ones start
+    /// healthy.
     pub fn set_members(&mut self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
         self.members.clear();
         for (address, weight) in members {
@@ -140,22 +151,15 @@ impl Balancer {
 
     /// Chooses a backend for `request` that is not in `tried`, and charges it.
     ///
-    /// Backends that are down, ejected or cooling are left out while others remain; when nothing else is left they are tried
-    /// before the request is refused. A full backend is never picked.
+    /// Backends that are down, ejected or cooling are left out while others remain; when nothing else is left
+    /// they are tried before the request is refused. A full backend is never picked.
     pub fn pick(&mut self, request: &Request<'_>, tried: &[Slot], now: Time) -> Result<Pick, NoPick> {
         self.matched.clear();
         if self.policy.uses_prefix_index() {
             self.index.matched(request.blocks, &mut self.matched);
         }
-        let mut last_resort = false;
-        let mut full = self.gather(request, tried, |b| b.available(now));
-        if self.candidates.is_empty() && !full {
-            last_resort = true;
-            full = self.gather(request, tried, |_| true);
-        }
-        if self.candidates.is_empty() {
-            return Err(if full { NoPick::Full } else { NoPick::Exhausted });
-        }
+        let tier = self.tier(tried, now)?;
+        self.gather(request, tried, tier, now);
         let choice = self.policy.choose(request, &self.candidates, &mut self.rng);
         let chosen = self.candidates[choice.index];
         if self.policy.uses_prefix_index() {
@@ -166,7 +170,7 @@ impl Balancer {
         Ok(Pick {
             address: address.ok_or(NoPick::Exhausted)?,
             charge: self.ledger.charge(chosen.slot, request.prompt_tokens, chosen.uncached_tokens),
-            reason: if last_resort { Reason::LastResort } else { choice.reason },
+            reason: if tier == Tier::Any { Reason::LastResort } else { choice.reason },
             matched_tokens: request.prompt_tokens.saturating_sub(chosen.uncached_tokens),
         })
     }
@@ -189,7 +193,8 @@ impl Balancer {
         }
     }
 
-    /// The backend failed; true if that ejected it. `elsewhere` says that another backend answered the same request.
+    /// The backend failed; true if that ejected it. `elsewhere` says that another backend answered the same
+    /// request.
     #[must_use]
     pub fn fail(&mut self, slot: Slot, fault: Fault, elsewhere: bool, now: Time) -> bool {
         let rule = self.settings.ejection;
@@ -209,7 +214,8 @@ impl Balancer {
         self.backends[slot.0 as usize].record.cool(now, span);
     }
 
-    /// The probes' verdict on the backend at `address` has changed. One that went down has lost its cache, as far as we know.
+    /// The probes' verdict on the backend at `address` has changed. One that went down has lost its cache, as
+    /// far as we know.
     pub fn observe_health(&mut self, address: &SocketAddr, healthy: bool) {
         let Some(slot) = self.ledger.slot(address) else { return };
         self.backends[slot.0 as usize].healthy = healthy;
@@ -218,12 +224,20 @@ impl Balancer {
         }
     }
 
-    /// New readings of the engine at `address`. A restart clears what we think it has cached; its cache size bounds that.
+    /// New readings of the engine at `address`. A restart clears what we think it has cached; its cache size
+    /// bounds that.
     pub fn observe_reading(&mut self, address: &SocketAddr, reading: Reading, block_tokens: f64, now: Time) {
         let Some(slot) = self.ledger.slot(address) else { return };
+        // An answer without a single metric is none of the engine's.
+        if reading == Reading::default() {
+            return;
+        }
         let index = slot.0 as usize;
-        let before = self.backends[index].reading.replace((reading, now)).map(|(reading, _)| reading);
-        if before.is_some_and(|b| b.process_start.is_some() && b.process_start != reading.process_start) {
+        let before = self.backends[index].reading.replace((reading, now));
+        let started = before.and_then(|(before, _)| before.process_start);
+        if let (Some(before), Some(after)) = (started, reading.process_start)
+            && before != after
+        {
             self.index.clear(index);
         }
         let capacity =
@@ -233,12 +247,20 @@ impl Balancer {
         }
     }
 
-    /// Whether a backend not in `tried` has room, or would have if it were not down.
-    pub fn has_room(&self, tried: &[Slot]) -> bool {
-        let room = |slot| {
-            self.settings.max_requests.is_none_or(|max| self.ledger.account(slot).active_requests < max)
+    /// Among whom [`Balancer::pick`] would choose: those in rotation if any of them is untried, else whoever is
+    /// left; but no one who is full.
+    pub fn tier(&self, tried: &[Slot], now: Time) -> Result<Tier, NoPick> {
+        let untried = || self.members.iter().filter(|m| !tried.contains(&m.slot));
+        let tier = if untried().any(|m| self.admits(Tier::Available, m.slot, now)) {
+            Tier::Available
+        } else {
+            Tier::Any
         };
-        self.members.iter().any(|m| !tried.contains(&m.slot) && room(m.slot))
+        let mut asked = untried().filter(|m| self.admits(tier, m.slot, now)).peekable();
+        if asked.peek().is_none() {
+            return Err(NoPick::Exhausted);
+        }
+        if asked.any(|m| self.has_room(m.slot)) { Ok(tier) } else { Err(NoPick::Full) }
     }
 
     /// Whether any backend is up and in rotation.
@@ -249,6 +271,7 @@ impl Balancer {
     /// Every backend as it stands.
     pub fn states(&mut self, now: Time) -> Vec<State> {
         let mut states = Vec::with_capacity(self.members.len());
+        let requests = f64::from(self.share.total(now).max(1));
         for member in &self.members {
             let backend = &self.backends[member.slot.0 as usize];
             states.push(State {
@@ -258,7 +281,7 @@ impl Balancer {
                 ejected: backend.record.ejected(now),
                 cooling: backend.record.cooling(now),
                 account: *self.ledger.account(member.slot),
-                share: self.share.of(member.slot, now),
+                share: f64::from(self.share.of(member.slot)) / requests,
                 prefix_blocks: self.index.held(member.slot.0 as usize),
                 reading: backend.reading.map(|(reading, at)| (reading, now.since(at))),
             });
@@ -266,33 +289,35 @@ impl Balancer {
         states
     }
 
-    /// Fills `candidates` with the untried members that `admit` lets pass and that have room; true if one had no room.
-    fn gather(&mut self, request: &Request<'_>, tried: &[Slot], admit: impl Fn(&Backend) -> bool) -> bool {
+    fn admits(&self, tier: Tier, slot: Slot, now: Time) -> bool {
+        tier == Tier::Any || self.backends[slot.0 as usize].available(now)
+    }
+
+    fn has_room(&self, slot: Slot) -> bool {
+        self.settings.max_requests.is_none_or(|max| self.ledger.account(slot).active_requests < max)
+    }
+
+    /// Fills `candidates` with the untried members of the tier that have room.
+    fn gather(&mut self, request: &Request<'_>, tried: &[Slot], tier: Tier, now: Time) {
         self.candidates.clear();
-        let mut full = false;
         for member in &self.members {
-            let index = member.slot.0 as usize;
-            if tried.contains(&member.slot) || !admit(&self.backends[index]) {
+            let slot = member.slot;
+            if tried.contains(&slot) || !self.admits(tier, slot, now) || !self.has_room(slot) {
                 continue;
             }
-            let account = self.ledger.account(member.slot);
-            if self.settings.max_requests.is_some_and(|max| account.active_requests >= max) {
-                full = true;
-                continue;
-            }
-            let matched =
-                self.matched.get(index).map_or(0.0, |blocks| f64::from(*blocks)) * request.block_tokens;
+            let account = self.ledger.account(slot);
+            let matched = self.matched.get(slot.0 as usize).map_or(0.0, |blocks| f64::from(*blocks));
+            let matched_tokens = (matched * request.block_tokens) as u64;
             self.candidates.push(Candidate {
-                slot: member.slot,
+                slot,
                 weight: f64::from(member.weight),
                 pending_tokens: account.pending_tokens,
                 active_requests: account.active_requests,
                 unanswered_requests: account.unanswered_requests,
                 context_tokens: account.context_tokens,
-                uncached_tokens: request.prompt_tokens.saturating_sub(matched as u64).max(1),
+                uncached_tokens: request.prompt_tokens.saturating_sub(matched_tokens).max(1),
             });
         }
-        full
     }
 }
 
@@ -390,9 +415,18 @@ mod tests {
     #[test]
     fn a_full_fleet_says_so_and_takes_requests_again_after_a_settlement() {
         let mut b = balancer(2, Settings { max_requests: Some(1), ..SETTINGS });
+        assert_eq!(b.tier(&[], Time::ZERO), Ok(Tier::Available));
         let one = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
         let two = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
         assert_eq!(b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(), NoPick::Full);
+        assert_eq!(b.tier(&[], Time::ZERO), Err(NoPick::Full));
+        b.observe_health(&one.address, false);
+        assert_eq!(
+            b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(),
+            NoPick::Full,
+            "one is full, one is down"
+        );
+        b.observe_health(&one.address, true);
         b.settle(one.charge);
         let three = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
         assert_eq!(three.address, one.address);
@@ -421,6 +455,10 @@ mod tests {
         let pick = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
         b.settle(pick.charge);
         assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10);
+        for silent in [Reading::default(), Reading { process_start: None, ..reading }, reading] {
+            b.observe_reading(&address(0), silent, 128.0, Time::ZERO);
+            assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10, "{silent:?} is no restart");
+        }
         b.observe_reading(&address(0), Reading { process_start: Some(2.0), ..reading }, 128.0, Time::ZERO);
         assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 0);
     }

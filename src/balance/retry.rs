@@ -1,11 +1,12 @@
 //! What now? The one place that decides whether a failed attempt is tried elsewhere and whom to blame.
 //!
-//! A POST to an engine costs GPU seconds, and a client that has seen the first byte cannot be given another answer. So a
-//! request is re-sent only while nothing has gone downstream, only for causes the route names, at most
-//! [`Rule::tries`] times and not after [`Rule::within`]. An attempt that never reached an engine (connection refused, a
-//! pooled connection that was already dead) cost nothing and does not count as a try.
+//! A POST to an engine costs GPU seconds, and a client that has seen the first byte cannot be given another
+//! answer. So a request is re-sent only while nothing has gone downstream, only for causes the route names,
+//! at most [`Rule::tries`] times and not after [`Rule::within`]. An attempt that never reached an engine
+//! (connection refused, a pooled connection that was already dead) cost nothing and does not count as a try.
 //!
-//! Sources: DESIGN.md s.6; research/reliability.md s.1.4 and s.2; research/engines.md s.3 (surprises 3, 5, 7, 12).
+//! Sources: DESIGN.md s.6; research/reliability.md s.1.4 and s.2; research/engines.md s.3 (surprises 3, 5, 7,
+//! 12).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -47,6 +48,21 @@ impl Failure {
         }
     }
 
+    /// Every label, so that metrics can start at zero.
+    pub const NAMES: [&'static str; 11] = [
+        "connect",
+        "stale_connection",
+        "closed",
+        "timeout",
+        "status_429",
+        "status_500",
+        "status_502",
+        "status_503",
+        "status_504",
+        "status_other",
+        "stream_error",
+    ];
+
     /// The switch in `retry.on` that governs this failure, if any does.
     const fn cause(self) -> Option<Cause> {
         Some(match self {
@@ -69,7 +85,10 @@ impl Failure {
             Self::StaleConnection => Fault::None,
             Self::Connect => Fault::Certain,
             Self::Closed | Self::Timeout => Fault::Suspect,
-            Self::Status(429 | 503) | Self::StreamError(Some(429 | 503)) => Fault::BackPressure,
+            // 529 is Anthropic's and llm-d's "overloaded".
+            Self::Status(429 | 503 | 529) | Self::StreamError(Some(429 | 503 | 529)) => Fault::BackPressure,
+            // 501 and 505 speak of the request, not of the backend.
+            Self::Status(501 | 505) => Fault::None,
             Self::Status(500..=599) | Self::StreamError(_) => Fault::Suspect,
             Self::Status(_) => Fault::None,
         }
@@ -123,7 +142,7 @@ pub enum Cause {
 pub struct Rule {
     /// How often an engine may be sent one request; 1 or more.
     pub tries: u32,
-    /// No try starts later than this after the request's arrival.
+    /// No try starts later than this after the request was admitted.
     pub within: Duration,
     /// The causes that are worth another try.
     pub on: BTreeSet<Cause>,
@@ -134,13 +153,13 @@ pub struct Rule {
 pub struct Progress {
     /// Attempts that may have reached an engine, the failed one included.
     pub tries: u32,
-    /// Time since the request arrived.
+    /// Time since the request was admitted: read whole, and out of the queue.
     pub elapsed: Duration,
     /// Whether any byte has gone downstream.
     pub committed: bool,
 }
 
-/// Whether to try again after `failure`. Whether another backend is left is asked of the balancer, at the next pick.
+/// Whether to try again after `failure`. Whether another backend is left is the balancer's to say.
 pub fn retry(rule: &Rule, failure: Failure, progress: Progress, budget: &mut Budget) -> bool {
     if progress.committed || progress.elapsed >= rule.within {
         return false;
@@ -153,10 +172,11 @@ pub fn retry(rule: &Rule, failure: Failure, progress: Progress, budget: &mut Bud
     }
 }
 
-/// Limits the retries that cost an engine work to a fraction of all requests, so that they cannot feed an overload.
+/// Limits the retries that cost an engine work to a fraction of all requests, so that they cannot feed an
+/// overload.
 ///
-/// Each request deposits a fifth of a retry, each retry withdraws one; the balance is capped, and starts full, so that a quiet
-/// proxy can still retry. Source: Finagle's and Linkerd's retry budgets.
+/// Each request deposits a fifth of a retry, each retry withdraws one; the balance is capped, and starts
+/// full, so that a quiet proxy can still retry. Source: Finagle's and Linkerd's retry budgets.
 #[derive(Debug)]
 pub struct Budget {
     balance: f64,
@@ -261,11 +281,21 @@ mod tests {
     }
 
     #[test]
+    fn every_failure_has_a_label_on_the_list() {
+        use Failure::{Closed, Connect, StaleConnection, Status, StreamError, Timeout};
+        let mut failures = vec![Connect, StaleConnection, Closed, Timeout, StreamError(None)];
+        failures.extend((400..600).map(Status));
+        assert!(failures.iter().all(|failure| Failure::NAMES.contains(&failure.name())));
+    }
+
+    #[test]
     fn back_pressure_is_no_fault_and_a_client_error_says_nothing() {
         assert_eq!(Failure::Status(503).fault(), Fault::BackPressure);
         assert_eq!(Failure::Status(429).fault(), Fault::BackPressure);
         assert_eq!(Failure::StreamError(Some(503)).fault(), Fault::BackPressure);
+        assert_eq!(Failure::Status(529).fault(), Fault::BackPressure);
         assert_eq!(Failure::Status(400).fault(), Fault::None);
+        assert_eq!(Failure::Status(501).fault(), Fault::None);
         assert_eq!(Failure::Status(500).fault(), Fault::Suspect);
         assert_eq!(Failure::Connect.fault(), Fault::Certain);
     }

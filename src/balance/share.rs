@@ -1,7 +1,8 @@
 //! The share of traffic: which part of the recent requests each backend got.
 //!
-//! A backend that gets nearly everything while others are idle is the failure that prefix affinity invites, so the share is a
-//! metric to alert on. Requests are counted in ten one-second buckets: the share is that of the last ten seconds.
+//! A backend that gets nearly everything while others are idle is the failure that prefix affinity invites,
+//! so the share is a metric to alert on. Requests are counted in ten one-second buckets: the share is that of
+//! the last ten seconds.
 
 use crate::clock::Time;
 use crate::policy::Slot;
@@ -28,12 +29,15 @@ impl Share {
         bucket[index] += 1;
     }
 
-    /// The part of the requests of the last ten seconds that `slot` got, 0 to 1; 0 when there were none.
-    pub fn of(&mut self, slot: Slot, now: Time) -> f64 {
+    /// The requests of the last ten seconds.
+    pub fn total(&mut self, now: Time) -> u32 {
         self.advance(now);
-        let own: u32 = self.buckets.iter().filter_map(|b| b.get(slot.0 as usize)).sum();
-        let all: u32 = self.buckets.iter().flatten().sum();
-        if all == 0 { 0.0 } else { f64::from(own) / f64::from(all) }
+        self.buckets.iter().flatten().sum()
+    }
+
+    /// Those of them that `slot` got, as of the last call of [`Share::total`].
+    pub fn of(&self, slot: Slot) -> u32 {
+        self.buckets.iter().filter_map(|b| b.get(slot.0 as usize)).sum()
     }
 
     fn advance(&mut self, now: Time) {
@@ -55,13 +59,13 @@ mod tests {
     fn the_share_is_that_of_the_last_ten_seconds() {
         let at = |s| Time::ZERO + Duration::from_secs(s);
         let mut share = Share::default();
-        assert_eq!(share.of(Slot(0), at(0)), 0.0);
+        assert_eq!(share.total(at(0)), 0);
         for _ in 0..3 {
             share.count(Slot(0), at(1));
         }
         share.count(Slot(1), at(8));
-        assert_eq!(share.of(Slot(0), at(9)), 0.75);
-        assert_eq!(share.of(Slot(1), at(11)), 1.0);
-        assert_eq!(share.of(Slot(1), at(1_000)), 0.0);
+        assert_eq!((share.total(at(9)), share.of(Slot(0)), share.of(Slot(1))), (4, 3, 1));
+        assert_eq!((share.total(at(11)), share.of(Slot(0)), share.of(Slot(1))), (1, 0, 1));
+        assert_eq!(share.total(at(1_000)), 0);
     }
 }

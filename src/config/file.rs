@@ -50,8 +50,8 @@ pub struct Server {
     /// the 5 to 30 s that are usual elsewhere cut it.
     #[serde(deserialize_with = "units::duration")]
     pub drain_timeout: Duration,
-    /// How many files and sockets the process may have open, 64 to 10000000. Absent: what it was started
-    /// with.
+    /// How many files and sockets the process may have open, 64 to 10000000. Absent: as many
+    /// as the system allows it.
     #[serde(deserialize_with = "units::some_between::<_, 64, 10_000_000>")]
     pub open_files: Option<u32>,
 }

@@ -210,8 +210,8 @@ pub struct Timeouts {
     /// For a connection. Default 5s.
     #[serde(deserialize_with = "units::duration")]
     pub connect: Duration,
-    /// For each read of the answer: the wait for its first byte (the engine's queue and the whole prefill) as well
-    /// as the gaps within it. Default 600s; the 15 to 60 s that are usual elsewhere cut good answers.
+    /// For each read of the answer: the wait for its first byte (the engine's queue and the whole prefill) as
+    /// well as the gaps within it. Default 600s; the 15 to 60 s that are usual elsewhere cut good answers.
     #[serde(deserialize_with = "units::duration")]
     pub read: Duration,
     /// For each write of the request. Default 60s.
@@ -294,7 +294,7 @@ impl Default for Queue {
     }
 }
 
-/// Active health check: a GET that is answered with 200.
+/// Active health check: a GET that is answered, with anything below 500.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Probe {

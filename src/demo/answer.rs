@@ -1,7 +1,8 @@
 //! What the simulated engine says: the JSON of an answer, event by event or whole, in vLLM's order of fields.
 //!
-//! Written by hand and not through a map, because a balancer may read a stream without a JSON parser, and then the order
-//! of fields is part of the dialect. Every string is known to need no escape, but the name of the model.
+//! Written by hand and not through a map, because a balancer may read a stream without a JSON parser, and
+//! then the order of fields is part of the dialect. Every string is known to need no escape, but the name of
+//! the model.
 
 use serde_json::Value;
 

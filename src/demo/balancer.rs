@@ -1,7 +1,8 @@
 //! The balancer as the demo sees it: a child process with a configuration file, and its page of metrics.
 //!
-//! The demo runs the same binary a user would, on real sockets, and reads what anybody can read; it takes no short cut
-//! through the code. Files live in a private directory that goes when the demo goes, and so does the child.
+//! The demo runs the same binary a user would, on real sockets, and reads what anybody can read; it takes no
+//! short cut through the code. Files live in a private directory that goes when the demo goes, and so does
+//! the child.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -138,7 +139,8 @@ fn configuration(
     )
 }
 
-/// Two addresses on which nobody listens. Somebody may take one before the balancer does; then it says so and exits.
+/// Two addresses on which nobody listens. Somebody may take one before the balancer does; then it says so and
+/// exits.
 fn free_addresses() -> io::Result<[SocketAddr; 2]> {
     let [one, two] = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
     Ok([one.local_addr()?, two.local_addr()?])

@@ -1,7 +1,8 @@
 //! A small HTTP/1.1 client: one request per connection, bodies by length, in chunks or until the end.
 //!
-//! The demo measures the balancer from outside, over a real socket, as a user's client would; more than this it does not
-//! need. Answers are read as they come, because the moment of the first token is what the demo is about.
+//! The demo measures the balancer from outside, over a real socket, as a user's client would; more than this
+//! it does not need. Answers are read as they come, because the moment of the first token is what the demo is
+//! about.
 
 use std::io;
 use std::net::SocketAddr;

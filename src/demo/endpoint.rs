@@ -1,8 +1,9 @@
 //! The HTTP side of the simulated engine: paths, bodies, streams, and clients that leave.
 //!
-//! A Pingora `HttpServerApp` and not a `ServeHttp`, because tokens go out one by one. The header of a stream is sent at
-//! once, before the engine has a place for the request, as vLLM does. While nothing is to be written the connection is
-//! watched, so that a client that leaves is noticed in the queue, in the prefill and between tokens alike.
+//! A Pingora `HttpServerApp` and not a `ServeHttp`, because tokens go out one by one. The header of a stream
+//! is sent at once, before the engine has a place for the request, as vLLM does. While nothing is to be
+//! written the connection is watched, so that a client that leaves is noticed in the queue, in the prefill
+//! and between tokens alike.
 
 use std::sync::Arc;
 

@@ -1,8 +1,10 @@
-//! The simulated engine in real time: a [`Replica`] behind a lock, and one task that sleeps until its next step ends.
+//! The simulated engine in real time: a [`Replica`] behind a lock, and one task that sleeps until its next
+//! step ends.
 //!
-//! Virtual time is the machine's clock times `speed`. The task may wake late without harm, because the replica completes
-//! its steps at their virtual ends, not at the moment of waking. Whoever wants tokens holds a [`Ticket`]; dropping it
-//! takes the job out of the batch, so that a client that leaves frees the engine on every path.
+//! Virtual time is the machine's clock times `speed`. The task may wake late without harm, because the
+//! replica completes its steps at their virtual ends, not at the moment of waking. Whoever wants tokens holds
+//! a [`Ticket`]; dropping it takes the job out of the batch, so that a client that leaves frees the engine on
+//! every path.
 
 use std::collections::HashMap;
 use std::io::{self, Write as _};

@@ -1,7 +1,7 @@
 //! The simulated engine's page of metrics: vLLM's names and labels, in Prometheus text.
 //!
-//! Only what a balancer may want to read, but each exactly as recorded (captures/vllm-0.32.0/metrics-*.txt), with the
-//! `_created` gauges and the second series of waiting requests that a careless reader adds up.
+//! Only what a balancer may want to read, but each exactly as recorded (captures/vllm-0.32.0/metrics-*.txt),
+//! with the `_created` gauges and the second series of waiting requests that a careless reader adds up.
 
 use std::fmt::Write as _;
 

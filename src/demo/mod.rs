@@ -1,9 +1,10 @@
-//! `plimsoll demo`: four simulated engines, the real balancer, and the same traffic under two policies, side by side.
+//! `plimsoll demo`: four simulated engines, the real balancer, and the same traffic under two policies, side
+//! by side.
 //!
-//! A newcomer should see within a minute what the product is for. The engines run in this process behind real sockets,
-//! the balancer is a child process of this same binary, and everything shown is measured from outside: over HTTP by the
-//! clients, and on the balancer's own page of metrics. Both policies get the same requests, from the same seed, on empty
-//! caches.
+//! A newcomer should see within a minute what the product is for. The engines run in this process behind real
+//! sockets, the balancer is a child process of this same binary, and everything shown is measured from
+//! outside: over HTTP by the clients, and on the balancer's own page of metrics. Both policies get the same
+//! requests, from the same seed, on empty caches.
 
 mod answer;
 mod balancer;
@@ -196,9 +197,9 @@ fn introduction(options: &DemoOptions) -> String {
 
 fn conclusion(before: &Board, after: &Board) -> String {
     format!(
-        "{}\nThe engines are simulated: steps as long as Llama-3.1-8B's on an H100, from a published fit. The balancer, \
-         the sockets and\nthe HTTP are real. What your traffic gains depends on your traffic: this one mixes short and \
-         long prompts.",
+        "{}\nThe engines are simulated: steps as long as Llama-3.1-8B's on an H100, from a published fit. The \
+         balancer, the sockets and\nthe HTTP are real. What your traffic gains depends on your traffic: this one \
+         mixes short and long prompts.",
         comparison(before, after)
     )
 }

@@ -1,7 +1,7 @@
 //! The live table: what the balancer owes each engine, what each has cached, and how long users wait.
 //!
-//! A [`Board`] collects sightings and readings and turns into text without touching the terminal; a [`Screen`] redraws
-//! that text in place on a terminal and prints only the last state of it anywhere else.
+//! A [`Board`] collects sightings and readings and turns into text without touching the terminal; a
+//! [`Screen`] redraws that text in place on a terminal and prints only the last state of it anywhere else.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal as _, Write as _};

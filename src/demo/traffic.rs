@@ -1,8 +1,9 @@
-//! The demo's clients: each request of the workload goes out at its time, whether or not earlier ones were answered.
+//! The demo's clients: each request of the workload goes out at its time, whether or not earlier ones were
+//! answered.
 //!
-//! An open loop is the honest one: users do not wait for each other, and a client that did would hide the queue it
-//! causes. What is measured is what the client sees: the first content event, the backend named in the header, and the
-//! engine's own usage.
+//! An open loop is the honest one: users do not wait for each other, and a client that did would hide the
+//! queue it causes. What is measured is what the client sees: the first content event, the backend named in
+//! the header, and the engine's own usage.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -53,7 +54,8 @@ impl Usage {
     }
 }
 
-/// Sends `requests` to `proxy`, each at its time, and reports what comes back; ends when the last has been sent.
+/// Sends `requests` to `proxy`, each at its time, and reports what comes back; ends when the last has been
+/// sent.
 pub(super) async fn drive(
     proxy: SocketAddr,
     model: &str,
@@ -100,8 +102,8 @@ async fn ask(
     Ok(Sighting::Done { backend, usage })
 }
 
-/// Reads a stream to its end, calling `first` at the first content. An error event, or an end without `[DONE]` or usage,
-/// is a failure.
+/// Reads a stream to its end, calling `first` at the first content. An error event, or an end without
+/// `[DONE]` or usage, is a failure.
 async fn read_stream(reply: &mut Reply, first: impl FnOnce()) -> Result<Usage, String> {
     let mut first = Some(first);
     let (mut pending, mut usage, mut done) = (Vec::new(), None, false);

@@ -1,8 +1,9 @@
 //! The dialect the simulated engine speaks: vLLM 0.32's OpenAI server, field by field.
 //!
-//! The balancer under test must not be able to tell; so shapes, names and error messages are copied from recorded bytes
-//! (captures/vllm-0.32.0). Only `server` and `system_fingerprint` say that this is a simulation. Pure: a body goes in,
-//! a question or a refusal comes out. What is said back: `answer.rs`, `exposition.rs`.
+//! The balancer under test must not be able to tell; so shapes, names and error messages are copied from
+//! recorded bytes (captures/vllm-0.32.0). Only `server` and `system_fingerprint` say that this is a
+//! simulation. Pure: a body goes in, a question or a refusal comes out. What is said back: `answer.rs`,
+//! `exposition.rs`.
 
 use std::fmt::Write as _;
 
@@ -216,7 +217,8 @@ fn part_text(part: &Value) -> String {
     }
 }
 
-/// One hash per whole block of the text, each continuing the one before, so that it names everything up to its end.
+/// One hash per whole block of the text, each continuing the one before, so that it names everything up to
+/// its end.
 fn block_hashes(text: &[u8], block_tokens: u64) -> Vec<u64> {
     let bytes = usize::try_from(block_tokens).unwrap_or(usize::MAX).saturating_mul(TOKEN_BYTES).max(1);
     let chain = |hash: &mut u64, block: &[u8]| {
@@ -245,7 +247,8 @@ mod tests {
         let ask = |question: &str| {
             let system = "You are the mate of a ship. ".repeat(20);
             let body = json!({"model": "sim-8b", "messages": [
-                {"role": "system", "content": system}, {"role": "user", "content": [{"type": "text", "text": question}]},
+                {"role": "system", "content": system},
+                {"role": "user", "content": [{"type": "text", "text": question}]},
             ]});
             chat(&body.to_string()).unwrap()
         };

@@ -1,7 +1,8 @@
 //! One line per request, `key=value`, written when the request has ended.
 //!
-//! The target of these lines is [`TARGET`], so that `RUST_LOG` can switch them on their own. Values that could hold a space or a quote are
-//! quoted and escaped; what a client sent is never written raw, and bodies, query strings and credentials are never written at all.
+//! The target of these lines is [`TARGET`], so that `RUST_LOG` can switch them on their own. Values that
+//! could hold a space or a quote are quoted and escaped; what a client sent is never written raw, and bodies,
+//! query strings and credentials are never written at all.
 
 use std::fmt;
 use std::time::Duration;
@@ -164,9 +165,9 @@ mod tests {
         assert_eq!(
             entry().to_string(),
             "request id=r-1 method=POST path=/v1/chat/completions status=200 outcome=ok client=10.1.1.1:5000 \
-             upstream=llama backend=10.0.0.1:8000 attempts=1 reason=cache model=llama-3.1-8b stream=true prompt_est=800 \
-             matched_est=640 ttft_ms=12.3 duration_ms=900.0 bytes_in=3200 bytes_out=10000 prompt_tokens=775 \
-             completion_tokens=64 cached_tokens=640"
+             upstream=llama backend=10.0.0.1:8000 attempts=1 reason=cache model=llama-3.1-8b stream=true \
+             prompt_est=800 matched_est=640 ttft_ms=12.3 duration_ms=900.0 bytes_in=3200 bytes_out=10000 \
+             prompt_tokens=775 completion_tokens=64 cached_tokens=640"
         );
     }
 

@@ -1,8 +1,9 @@
 //! Every metric there is, in one table, with its help text.
 //!
-//! Counters and histograms are resolved per backend once, when the backend joins ([`BackendMetrics`]), so that nothing on the path
-//! of a request or of a stream's event looks up a label. All series exist from the start, at zero, so that `increase()` sees the first event.
-//! Gauges that mirror state are set from a snapshot when they are scraped, by [`Metrics::set_states`].
+//! Counters and histograms are resolved per backend once, when the backend joins ([`BackendMetrics`]), so
+//! that nothing on the path of a request or of a stream's event looks up a label. All series exist from the
+//! start, at zero, so that `increase()` sees the first event. Gauges that mirror state are set from a
+//! snapshot when they are scraped, by [`Metrics::set_states`].
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -12,6 +13,7 @@ use prometheus::{
 
 use super::Outcome;
 use crate::balance::State;
+use crate::balance::retry::Failure;
 use crate::policy::Reason;
 
 /// Result of registering metrics.
@@ -122,120 +124,42 @@ impl Metrics {
     /// Registers every metric. Errors only if two had one name.
     pub fn new() -> Result<Self> {
         let r = Registry::new();
+        let outcome = &["upstream", "backend", "outcome"];
+        let kind = &["upstream", "backend", "kind"];
+        let reason = &["upstream", "reason"];
+        let ejected = &["upstream", "backend", "reason"];
+        let ttft = "Time from a request's arrival to the first content of its stream.";
+        let queued = "Requests waiting for a backend with room.";
+        let bodies =
+            IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?;
         Ok(Self {
-            requests: counters(
-                &r,
-                "requests_total",
-                "Requests by backend and how they ended.",
-                &["upstream", "backend", "outcome"],
-            )?,
+            requests: counters(&r, "requests_total", "Requests by backend and how they ended.", outcome)?,
             attempts: counters(
                 &r,
                 "attempts_total",
                 "Attempts sent to a backend, retries included.",
                 BACKEND,
             )?,
-            ttft: histograms(
-                &r,
-                "ttft_seconds",
-                "Time from a request's arrival to its first content byte.",
-                TTFT_BUCKETS,
-            )?,
+            ttft: histograms(&r, "ttft_seconds", ttft, TTFT_BUCKETS)?,
             event_gap: histograms(
                 &r,
                 "event_gap_seconds",
                 "Time between two reads of a stream.",
                 GAP_BUCKETS,
             )?,
-            tokens: counters(
-                &r,
-                "tokens_total",
-                "Tokens by kind, as engines report them in `usage`.",
-                &["upstream", "backend", "kind"],
-            )?,
+            tokens: counters(&r, "tokens_total", "Tokens by kind, as engines report them in `usage`.", kind)?,
             stream_reads: counters(
                 &r,
                 "stream_reads_total",
-                "Reads of response bodies passed on to clients.",
+                "Reads of answers passed on to clients.",
                 BACKEND,
             )?,
-            retries: counters(
-                &r,
-                "retries_total",
-                "Further attempts, by the failure that caused them.",
-                &["upstream", "reason"],
-            )?,
-            ejections: counters(
-                &r,
-                "ejections_total",
-                "Backends ejected, by the last failure.",
-                &["upstream", "backend", "reason"],
-            )?,
-            choices: counters(
-                &r,
-                "choices_total",
-                "Choices of a backend, by reason.",
-                &["upstream", "reason"],
-            )?,
-            state: StateGauges {
-                pending_tokens: gauges(
-                    &r,
-                    "pending_tokens",
-                    "Uncached prompt tokens sent and not yet answered, by our own ledger.",
-                    BACKEND,
-                )?,
-                active_requests: gauges(
-                    &r,
-                    "active_requests",
-                    "Requests in flight, by our own ledger.",
-                    BACKEND,
-                )?,
-                context_tokens: gauges(
-                    &r,
-                    "context_tokens",
-                    "Prompt tokens of requests in flight, by our own ledger.",
-                    BACKEND,
-                )?,
-                traffic_share: float_gauges(
-                    &r,
-                    "traffic_share",
-                    "Part of the upstream's requests of the last 10 s, 0 to 1.",
-                )?,
-                up: gauges(
-                    &r,
-                    "backend_up",
-                    "1 if the backend is in rotation: probes pass, not ejected.",
-                    BACKEND,
-                )?,
-                engine_waiting: gauges(
-                    &r,
-                    "engine_waiting",
-                    "Requests waiting in the engine, at the last poll.",
-                    BACKEND,
-                )?,
-                engine_running: gauges(
-                    &r,
-                    "engine_running",
-                    "Requests running in the engine, at the last poll.",
-                    BACKEND,
-                )?,
-                engine_kv_usage: float_gauges(
-                    &r,
-                    "engine_kv_usage",
-                    "Part of the engine's KV cache in use at the last poll, 0 to 1.",
-                )?,
-                poll_age: float_gauges(&r, "poll_age_seconds", "Age of the engine's last readings.")?,
-            },
-            queued: gauges(
-                &r,
-                "queued_requests",
-                "Requests waiting for a backend with room.",
-                &["upstream"],
-            )?,
-            buffered_body_bytes: register(
-                &r,
-                IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?,
-            )?,
+            retries: counters(&r, "retries_total", "Further attempts, by the failure before them.", reason)?,
+            ejections: counters(&r, "ejections_total", "Backends ejected, by the last failure.", ejected)?,
+            choices: counters(&r, "choices_total", "Choices of a backend, by reason.", reason)?,
+            state: StateGauges::new(&r)?,
+            queued: gauges(&r, "queued_requests", queued, &["upstream"])?,
+            buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         })
     }
@@ -243,6 +167,9 @@ impl Metrics {
     /// The counters of a backend, all present at zero from now on.
     pub fn backend(&self, upstream: &str, backend: &str) -> BackendMetrics {
         let labels = &[upstream, backend];
+        for failure in Failure::NAMES {
+            self.ejections.with_label_values(&[upstream, backend, failure]);
+        }
         let tokens = |kind| self.tokens.with_label_values(&[upstream, backend, kind]);
         BackendMetrics {
             requests: Outcome::ALL.map(|o| self.requests.with_label_values(&[upstream, backend, o.name()])),
@@ -256,8 +183,14 @@ impl Metrics {
         }
     }
 
-    /// The counters of an upstream.
+    /// The counters of an upstream, all present at zero from now on.
     pub fn upstream(&self, upstream: &str) -> UpstreamMetrics {
+        for failure in Failure::NAMES {
+            self.retries.with_label_values(&[upstream, failure]);
+        }
+        for outcome in Outcome::ALL {
+            self.requests.with_label_values(&[upstream, "", outcome.name()]);
+        }
         UpstreamMetrics {
             choices: Reason::ALL.map(|r| self.choices.with_label_values(&[upstream, r.name()])),
             retries: self.retries.clone(),
@@ -304,6 +237,33 @@ impl Metrics {
             log::error!("metrics cannot be written: {e}");
         }
         out
+    }
+}
+
+impl StateGauges {
+    fn new(r: &Registry) -> Result<Self> {
+        let int = |name, help| gauges(r, name, help, BACKEND);
+        let float = |name, help| float_gauges(r, name, help);
+        Ok(Self {
+            pending_tokens: int(
+                "pending_tokens",
+                "Uncached prompt tokens sent and not yet answered (our ledger).",
+            )?,
+            active_requests: int("active_requests", "Requests in flight (our ledger).")?,
+            context_tokens: int("context_tokens", "Prompt tokens of requests in flight (our ledger).")?,
+            traffic_share: float(
+                "traffic_share",
+                "Part of the upstream's requests of the last 10 s, 0 to 1.",
+            )?,
+            up: int("backend_up", "1 if the backend is in rotation: probes pass, not ejected.")?,
+            engine_waiting: int("engine_waiting", "Requests waiting in the engine, at the last poll.")?,
+            engine_running: int("engine_running", "Requests running in the engine, at the last poll.")?,
+            engine_kv_usage: float(
+                "engine_kv_usage",
+                "Part of the KV cache in use at the last poll, 0 to 1.",
+            )?,
+            poll_age: float("poll_age_seconds", "Age of the engine's last readings.")?,
+        })
     }
 }
 

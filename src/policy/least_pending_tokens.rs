@@ -1,20 +1,21 @@
 //! Least pending tokens: the backend that owes the least prefill, with a discount for what it has cached.
 //!
-//! Requests cost from one to a hundred thousand tokens, so counting them balances nothing; and a backend that has cached
-//! a prompt's prefix computes only the rest. Per backend *i* (letters as in [`Candidate`]):
+//! Requests cost from one to a hundred thousand tokens, so counting them balances nothing; and a backend that
+//! has cached a prompt's prefix computes only the rest. Per backend *i* (letters as in [`Candidate`]):
 //!
 //! ```text
 //! cost_i = (P_i + u_i + alpha (A_i + 1) + beta C_i) / weight_i + (lambda - 1)(u_i - min_j u_j)
 //! lambda = min(3 + 0.2 w, 20)            alpha = 400 tokens, beta = 0.05
 //! ```
 //!
-//! `P + u` is the prefill that stands before this request's first token. `alpha` is what one more decoding stream costs
-//! its neighbours, `beta` the pressure on KV memory. `lambda` is the price of computing a token that another backend
-//! has already cached: about 1/(1 - utilisation), so it grows with the queue `w`; when everybody is busy, a cache hit
-//! is throughput. That term is not divided by the weight, because the waste does not depend on who commits it.
+//! `P + u` is the prefill that stands before this request's first token. `alpha` is what one more decoding
+//! stream costs its neighbours, `beta` the pressure on KV memory. `lambda` is the price of computing a token
+//! that another backend has already cached: about 1/(1 - utilisation), so it grows with the queue `w`; when
+//! everybody is busy, a cache hit is throughput. That term is not divided by the weight, because the waste
+//! does not depend on who commits it.
 //!
-//! Source: DESIGN.md s.5; research/routing.md s.4 and s.7.1, where the constants were found to be flat (alpha 200 to
-//! 1,600, beta 0.02 to 0.1, lambda 2 to 4): they need no tuning per site.
+//! Source: DESIGN.md s.5; research/routing.md s.4 and s.7.1, where the constants were found to be flat (alpha
+//! 200 to 1,600, beta 0.02 to 0.1, lambda 2 to 4): they need no tuning per site.
 
 use serde::Deserialize;
 
@@ -28,7 +29,8 @@ pub struct Options {
     pub request_tokens: f64,
     /// beta: what one prompt token held in flight counts for, in pending tokens; 0 or more. Default 0.05.
     pub context_factor: f64,
-    /// lambda on an idle fleet: how many times an uncached token counts; 1 (only own delay) or more. Default 3.
+    /// lambda on an idle fleet: how many times an uncached token counts; 1 (only own delay) or more. Default
+    /// 3.
     pub uncached_factor: f64,
 }
 

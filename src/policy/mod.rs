@@ -1,12 +1,12 @@
 //! Which backend? One file per answer.
 //!
-//! A policy sees one [`Request`] and the [`Candidate`]s that may serve it, and names one of them. It owns no counters, reads
-//! no clock and draws its randomness from an argument, so the simulator and the proxy run the very same code and a
-//! seed replays a run.
+//! A policy sees one [`Request`] and the [`Candidate`]s that may serve it, and names one of them. It owns no
+//! counters, reads no clock and draws its randomness from an argument, so the simulator and the proxy run the
+//! very same code and a seed replays a run.
 //!
-//! To add one: a file here with its options, its formula and its tests, and one variant in [`PolicyConfig`]; the
-//! compiler asks for the rest. Most policies are a [`Policy::cost`]; only those whose answer is not "the cheapest"
-//! (taking turns, hashing) override [`Policy::choose`].
+//! To add one: a file here with its options, its formula and its tests, and one variant in [`PolicyConfig`];
+//! the compiler asks for the rest. Most policies are a [`Policy::cost`]; only those whose answer is not "the
+//! cheapest" (taking turns, hashing) override [`Policy::choose`].
 
 pub mod least_connections;
 pub mod least_pending_tokens;
@@ -34,7 +34,7 @@ pub struct Request<'a> {
 pub struct Candidate {
     /// Names the backend; stable for as long as anything of it is in flight.
     pub slot: Slot,
-    /// Configured weight times slow start; above 0.
+    /// Configured weight; above 0.
     pub weight: f64,
     /// P: uncached prompt tokens charged and not yet answered by a first content byte.
     pub pending_tokens: u64,
@@ -44,7 +44,8 @@ pub struct Candidate {
     pub unanswered_requests: u32,
     /// C: prompt tokens of all requests in flight.
     pub context_tokens: u64,
-    /// u: tokens of this request's prompt that this backend has not cached, as far as the prefix index knows; at least 1.
+    /// u: tokens of this request's prompt that this backend has not cached, as far as the prefix index knows;
+    /// at least 1.
     pub uncached_tokens: u64,
 }
 
@@ -96,7 +97,7 @@ pub struct Member {
 pub enum Reason {
     /// No other backend was eligible.
     Only,
-    /// It holds more of the prompt than the cheapest alternative by load would.
+    /// It holds a part of the prompt that not every other candidate holds.
     Cache,
     /// It owes the least work.
     Load,
@@ -154,7 +155,8 @@ pub trait Policy: Send {
     /// What it would cost to send `request` to `candidate`; less is better, only differences matter.
     fn cost(&self, request: &Request<'_>, candidate: &Candidate, fleet: &Fleet) -> f64;
 
-    /// Chooses among `candidates`, of which there is at least one. The default is the least cost, random among ties.
+    /// Chooses among `candidates`, of which there is at least one. The default is the least cost, random
+    /// among ties.
     fn choose(&mut self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
         cheapest(self, request, candidates, rng)
     }
@@ -162,7 +164,8 @@ pub trait Policy: Send {
     /// The set of backends, or a weight, has changed: rebuild rings and the like.
     fn rebuild(&mut self, _members: &[Member]) {}
 
-    /// Whether [`Candidate::uncached_tokens`] should be looked up in the prefix index. If not, it is the whole prompt.
+    /// Whether [`Candidate::uncached_tokens`] should be looked up in the prefix index. If not, it is the
+    /// whole prompt.
     fn uses_prefix_index(&self) -> bool {
         false
     }

@@ -1,16 +1,19 @@
 //! Prefix hash: requests that begin alike go to the same backend, as far as its load allows.
 //!
-//! A Ketama ring (160 points per unit of weight) gives every key a home without any shared state, so that several
-//! independent proxies agree on it. Two things keep it from becoming a hot spot (research/routing.md s.7.4):
+//! A Ketama ring (160 points per unit of weight) gives every key a home without any shared state, so that
+//! several independent proxies agree on it. Two things keep it from becoming a hot spot (research/routing.md
+//! s.7.4):
 //!
-//! * **Adaptive depth.** Hashing the first N characters sends a whole trace to one backend when every prompt opens with
-//!   the same system prompt. The key here is the prefix hash at the shallowest power-of-two depth of blocks
-//!   whose share of recent traffic is below `1 / (2 N)` for N backends. A session key, if the client sent one, goes before.
-//! * **Bounded load** (Mirrokni et al.; HAProxy's `hash-balance-factor`). A backend takes the request only while
-//!   `A_i < ceil(load_factor * weight_i * (total + 1) / sum of weights)`; else the next one on the ring.
+//! * **Adaptive depth.** Hashing the first N characters sends a whole trace to one backend when every prompt
+//!   opens with the same system prompt. The key here is the prefix hash at the shallowest power-of-two depth
+//!   of blocks whose share of recent traffic is below `1 / (2 N)` for N backends. A session key, if the
+//!   client sent one, goes before.
+//! * **Bounded load** (Mirrokni et al.; HAProxy's `hash-balance-factor`). A backend takes the request only
+//!   while `A_i < ceil(load_factor * weight_i * (total + 1) / sum of weights)`; else the next one on the
+//!   ring.
 //!
-//! The ring is walked to its end if need be, so every backend can be reached whatever the number of points. A request
-//! without a key (a prompt shorter than one block) goes to the least busy backend.
+//! The ring is walked to its end if need be, so every backend can be reached whatever the number of points. A
+//! request without a key (a prompt shorter than one block) goes to the least busy backend.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;

@@ -1,8 +1,8 @@
 //! Random two: draw two backends, take the less busy one.
 //!
-//! nginx's `random two least_conn`: backends are drawn in proportion to their weight, the second from the rest, and
-//! the one with fewer requests per unit of weight wins. It needs no scan and resists stale counters; with exact
-//! counters, as here, a full scan is better (research/routing.md s.4).
+//! nginx's `random two least_conn`: backends are drawn in proportion to their weight, the second from the
+//! rest, and the one with fewer requests per unit of weight wins. It needs no scan and resists stale
+//! counters; with exact counters, as here, a full scan is better (research/routing.md s.4).
 
 use super::{Candidate, Choice, Fleet, Policy, Reason, Request, least_connections};
 

@@ -1,8 +1,8 @@
 //! Round robin: each backend in turn, in proportion to its weight.
 //!
-//! nginx's smooth weighted round robin: at each choice every candidate gains its weight as credit, the richest is chosen
-//! and pays the sum of all weights. Weights 5, 1, 1 give `a a b a c a a`, not `a a a a a b c`. Blind to load and caches:
-//! it is the yardstick, not the recommendation.
+//! nginx's smooth weighted round robin: at each choice every candidate gains its weight as credit, the
+//! richest is chosen and pays the sum of all weights. Weights 5, 1, 1 give `a a b a c a a`, not `a a a a a b
+//! c`. Blind to load and caches: it is the yardstick, not the recommendation.
 
 use std::collections::HashMap;
 

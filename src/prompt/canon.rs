@@ -22,8 +22,8 @@ use super::prefix::BlockHasher;
 const MEDIA_BYTES: u64 = 4_096;
 /// Bytes per token id: at the starting price of four bytes per token, one token each.
 const TOKEN_ID_BYTES: u64 = 4;
-/// How deep content may hold content (a tool result in a message, a batch of token lists); deeper costs like a
-/// picture.
+/// How deep content may hold content (a tool result in a message, a batch of token lists); deeper costs like
+/// a picture.
 const MAX_DEPTH: u32 = 4;
 
 /// The canonical text on its way into the hasher, and its price.

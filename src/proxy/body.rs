@@ -1,10 +1,11 @@
 //! The request body: read once, whole, bounded, and kept until no retry can need it.
 //!
-//! A backend is chosen by what the prompt says, so the body must be here before the choice. Pingora gives a body that was read in
-//! `request_filter` to nobody any more, unless its *retry buffer* holds something; then it calls `request_body_filter` exactly once per
-//! attempt. That buffer takes 64 KiB and records only what is read after it was switched on. So it is switched on for the last bytes only, and the
-//! stub it holds is swapped for the whole body in `request_body_filter`, on every attempt and at any size.
-//! Proved for every framing in research/pingora.md s.1; `tests/wires/bodies.rs` keeps it so.
+//! A backend is chosen by what the prompt says, so the body must be here before the choice. Pingora gives a
+//! body that was read in `request_filter` to nobody any more, unless its *retry buffer* holds something; then
+//! it calls `request_body_filter` exactly once per attempt. That buffer takes 64 KiB and records only what is
+//! read after it was switched on. So it is switched on for the last bytes only, and the stub it holds is
+//! swapped for the whole body in `request_body_filter`, on every attempt and at any size. Proved for every
+//! framing in research/pingora.md s.1; `tests/wires/bodies.rs` keeps it so.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -21,8 +22,9 @@ use super::reply::Refusal;
 /// What Pingora's retry buffer holds.
 const RETRY_WINDOW: usize = 64 * 1024;
 
-/// Room made at first for a body that does not say its length.
+/// Room made at first for a body that does not say its length, and at most for one that does.
 const FIRST_ROOM: usize = 16 * 1024;
+const FIRST_ROOM_LIMIT: usize = 1024 * 1024;
 
 /// The memory that all buffered bodies may take together.
 pub(super) struct Room {
@@ -96,11 +98,14 @@ pub(super) async fn read(
     }
     let declared = declared_length(ds);
     let mut reservation = Reservation { room: room.clone(), bytes: 0 };
-    check(declared.unwrap_or(0), limit, &mut reservation)?;
+    // Refused by what is declared, but room is taken only by what has come.
+    if declared.is_some_and(|length| length > limit) {
+        return Err(Unread::Refused(Refusal::body_too_large(limit)));
+    }
     send_continue(ds).await?;
 
     let declared = declared.map(|n| n as usize);
-    let mut buffer = BytesMut::with_capacity(declared.unwrap_or(FIRST_ROOM));
+    let mut buffer = BytesMut::with_capacity(declared.unwrap_or(FIRST_ROOM).min(FIRST_ROOM_LIMIT));
     let mut buffering = false;
     loop {
         // One read never takes more than what is left or 64 KiB, so a declared body ends within the window.
@@ -138,7 +143,8 @@ fn check(length: u64, limit: u64, reservation: &mut Reservation) -> Result<(), U
     Ok(())
 }
 
-/// Asks a client that waits for it to go on. Pingora's call switches keep-alive off, for no reason that holds here.
+/// Asks a client that waits for it to go on. Pingora's call switches keep-alive off, for no reason that holds
+/// here.
 async fn send_continue(ds: &mut ServerSession) -> pingora::Result<()> {
     let expects = |value: &http::HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"100-continue");
     if ds.get_header(http::header::EXPECT).is_some_and(expects) {
@@ -163,8 +169,9 @@ async fn read_chunk(ds: &mut ServerSession, undeclared: bool) -> pingora::Result
     }
 }
 
-/// The retry buffer overflowed, as it does for HTTP/1 chunked bodies over 64 KiB: give it a stub to hold, by letting the session
-/// read a stand-in request of one byte. What the client may have sent after its body is lost, so the connection is not used again.
+/// The retry buffer overflowed, as it does for HTTP/1 chunked bodies over 64 KiB: give it a stub to hold, by
+/// letting the session read a stand-in request of one byte. What the client may have sent after its body is
+/// lost, so the connection is not used again.
 async fn restock(ds: &mut ServerSession) -> Result<(), Unread> {
     let ServerSession::H1(h1) = ds else {
         return Err(Unread::Refused(Refusal::length_required()));

@@ -62,10 +62,13 @@ impl Drop for Entered {
     }
 }
 
-/// The context of one request. It owns every guard, so that dropping it gives everything back, after a panic too.
+/// The context of one request. It owns every guard, so that dropping it gives everything back, after a panic
+/// too.
 pub struct Context {
     _in_flight: Entered,
     pub(super) arrived: Time,
+    /// When its body had been read and a backend had room.
+    pub(super) admitted_at: Time,
     /// The request's id, from the client or made by us.
     pub(super) id: String,
     pub(super) body: Option<Body>,
@@ -86,8 +89,8 @@ pub struct Context {
     pub(super) tried: Vec<Slot>,
     /// Faults that are held against a backend only if another one answers.
     pub(super) suspects: Vec<(SocketAddr, Slot, Failure)>,
-    /// What a hook of ours found wrong with the attempt, and whether it shall be retried.
-    pub(super) verdict: Option<(Failure, bool)>,
+    /// The verdict on an attempt that a hook of ours ended: whether another one follows.
+    pub(super) retry: Option<bool>,
     pub(super) last_failure: Option<Failure>,
     /// The code of our own refusal.
     pub(super) refused: Option<&'static str>,
@@ -95,7 +98,7 @@ pub struct Context {
     pub(super) local: bool,
     /// A byte of an answer has gone downstream.
     pub(super) committed: bool,
-    /// The pooled connection to use must be a fresh one.
+    /// The next attempt must not use a pooled connection.
     pub(super) fresh_connection: bool,
     pub(super) ttft: Option<std::time::Duration>,
 }
@@ -104,6 +107,7 @@ pub struct Context {
 pub(super) struct Attempt {
     pub(super) charge: Charge,
     pub(super) live: Arc<Live>,
+    pub(super) started: Time,
     /// Close the connection after this request: it has had its share.
     pub(super) close_after: bool,
     /// The engine's header has come.
@@ -116,10 +120,11 @@ pub(super) struct Attempt {
 }
 
 impl Attempt {
-    pub(super) fn new(charge: Charge, live: Arc<Live>) -> Self {
+    pub(super) fn new(charge: Charge, live: Arc<Live>, started: Time) -> Self {
         Self {
             charge,
             live,
+            started,
             close_after: false,
             header_seen: false,
             status: 0,
@@ -135,6 +140,7 @@ impl Context {
         Self {
             _in_flight: in_flight,
             arrived,
+            admitted_at: arrived,
             id: String::new(),
             body: None,
             body_bytes: 0,
@@ -148,7 +154,7 @@ impl Context {
             tries: 0,
             tried: Vec::new(),
             suspects: Vec::new(),
-            verdict: None,
+            retry: None,
             last_failure: None,
             refused: None,
             local: false,

@@ -5,32 +5,45 @@ use std::os::fd::RawFd;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
+use pingora::protocols::TcpKeepalive;
 use pingora::upstreams::peer::HttpPeer;
 
 use crate::config;
 use crate::upstream::Live;
 
-/// The peer for a backend. Connections of different `group`s are never mixed up in the pool.
-pub(super) fn peer(config: &config::Upstream, live: &Live, group: u64) -> HttpPeer {
+/// A host that is gone without a word is noticed within half a minute, whatever its engine was doing.
+const TCP_KEEPALIVE: TcpKeepalive = TcpKeepalive {
+    idle: Duration::from_secs(15),
+    interval: Duration::from_secs(5),
+    count: 3,
+    user_timeout: Duration::from_secs(30),
+};
+
+/// The peer for a backend; `fresh` if no pooled connection may be used.
+pub(super) fn peer(config: &config::Upstream, live: &Live, fresh: bool) -> HttpPeer {
     let tls = config.tls.is_some();
     let mut peer =
         HttpPeer::new(live.address, tls, if tls { live.server_name.clone() } else { String::new() });
-    peer.group_key = group;
+    // A group of its own, into which nothing is ever put back.
+    peer.group_key = u64::from(fresh);
     let options = &mut peer.options;
     options.connection_timeout = Some(config.timeouts.connect);
     // TCP and TLS each get `connect`; together they may not take more than both.
     options.total_connection_timeout = Some(config.timeouts.connect * 2);
     options.read_timeout = Some(config.timeouts.read);
     options.write_timeout = Some(config.timeouts.send);
+    options.tcp_keepalive = Some(TCP_KEEPALIVE);
     // Zero keeps no connection.
-    let keep = config.keepalive.connections > 0;
+    let keep = config.keepalive.connections > 0 && !fresh;
     options.idle_timeout = Some(if keep { config.keepalive.idle_timeout } else { Duration::ZERO });
     peer
 }
 
-/// Counts the requests on each upstream connection, to close it after `keepalive.requests`, which Pingora cannot.
+/// Counts the requests on each upstream connection, to close it after `keepalive.requests`, which Pingora
+/// cannot.
 ///
-/// A connection is known by its descriptor and the time it was made; the map is as small as the number of descriptors.
+/// A connection is known by its descriptor and the time it was made; the map is as small as the number of
+/// descriptors.
 #[derive(Default)]
 pub(super) struct ConnectionUses(Mutex<HashMap<RawFd, (SystemTime, u32)>>);
 

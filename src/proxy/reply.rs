@@ -1,7 +1,8 @@
 //! The answers that the proxy itself gives: OpenAI-shaped JSON with a stable code.
 //!
-//! Clients of LLM servers parse `{"error": {"message", "type", "param", "code"}}`; a proxy that answers HTML or nothing breaks them. The
-//! codes are part of the interface: they are listed in the README and do not change.
+//! Clients of LLM servers parse `{"error": {"message", "type", "param", "code"}}`; a proxy that answers HTML
+//! or nothing breaks them. The codes are part of the interface: they are listed in the README and do not
+//! change.
 
 use bytes::Bytes;
 use pingora::http::ResponseHeader;
@@ -38,8 +39,8 @@ impl Refusal {
         Self::new(408, "body_timeout", "the request body did not arrive in time")
     }
 
-    pub(super) fn bad_body() -> Self {
-        Self::new(400, "bad_body", "the request body could not be read: its framing is broken")
+    pub(super) fn bad_request() -> Self {
+        Self::new(400, "bad_request", "the request is not well-formed HTTP")
     }
 
     pub(super) fn length_required() -> Self {
@@ -55,10 +56,12 @@ impl Refusal {
     }
 
     pub(super) fn model_not_found(model: &str) -> Self {
+        // A name may be as long as a body.
+        let name: String = model.chars().take(100).collect();
         Self::new(
             404,
             "model_not_found",
-            format!("the model `{model}` does not exist here; see GET /v1/models"),
+            format!("the model `{name}` does not exist here; see GET /v1/models"),
         )
     }
 
@@ -105,7 +108,8 @@ impl Refusal {
     }
 }
 
-/// Sends a refusal. The rest of the client's body, if any, is not read: the connection closes unless `keep` says it was read.
+/// Sends a refusal. The rest of the client's body, if any, is not read: the connection closes unless `keep`
+/// says it was read.
 pub(super) async fn refuse(
     session: &mut Session,
     id: &str,
@@ -127,8 +131,8 @@ pub(super) async fn json(session: &mut Session, id: &str, status: u16, body: Str
     send(session, json_header(status, id)?, Bytes::from(body)).await
 }
 
-/// The last event of a stream that broke: an error that OpenAI clients raise, and an honest end. An event that was broken off in the
-/// middle is ended first, lest the error become a part of it.
+/// The last event of a stream that broke: an error that OpenAI clients raise, and an honest end. An event
+/// that was broken off in the middle is ended first, lest the error become a part of it.
 pub(super) fn stream_cut(mid_event: bool) -> Bytes {
     let error = Refusal::new(502, "stream_cut", "the backend broke off in the middle of its answer");
     let end = if mid_event { "\n\n" } else { "" };
@@ -145,6 +149,9 @@ fn json_header(status: u16, id: &str) -> pingora::Result<ResponseHeader> {
 
 async fn send(session: &mut Session, mut header: ResponseHeader, body: Bytes) -> pingora::Result<()> {
     header.insert_header("content-length", body.len())?;
+    if session.is_process_shutting_down() {
+        session.set_keepalive(None);
+    }
     let head_only = session.req_header().method == http::Method::HEAD;
     session.write_response_header(Box::new(header), head_only).await?;
     if !head_only {

@@ -1,8 +1,9 @@
 //! The route: host, path, headers and model of a request lead to an upstream.
 //!
-//! Routes are tried in order; the first whose conditions hold and whose upstream serves the model wins. Without routes every upstream is
-//! reachable by its models. An unknown model is 404, a known one whose backends are gone stays known (503 later): the
-//! difference tells a client whether to fix its request or to wait.
+//! Routes are tried in order; the first whose conditions hold and whose upstream serves the model wins.
+//! Without routes every upstream is reachable by its models. An unknown model is 404, a known one whose
+//! backends are gone stays known (503 later): the difference tells a client whether to fix its request or to
+//! wait.
 
 use std::sync::Arc;
 
@@ -18,7 +19,8 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// The table for `routes` over `upstreams`. Routes to unknown upstreams were refused with the configuration.
+    /// The table for `routes` over `upstreams`. Routes to unknown upstreams were refused with the
+    /// configuration.
     pub(super) fn new(routes: &[config::Route], upstreams: &[Arc<Upstream>]) -> Self {
         let find = |name: &str| upstreams.iter().find(|u| u.name == name).cloned();
         let routes = if routes.is_empty() {

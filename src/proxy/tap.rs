@@ -1,12 +1,13 @@
 //! The tap: what we learn of an answer while it passes through untouched.
 //!
-//! It looks for the first content (the prefill is done), for errors inside a stream whose status said 200, and for the engine's `usage`.
-//! Events are taken apart only until the first content; from then on a read costs a copy of its last bytes, and the rest is read from that
-//! tail when the answer has ended. Nothing is ever held back or changed here.
+//! It looks for the first content (the prefill is done), for errors inside a stream whose status said 200,
+//! and for the engine's `usage`. Events are taken apart only until the first content; from then on a read
+//! costs a copy of its last bytes, and the rest is read from that tail when the answer has ended. Nothing is
+//! ever held back or changed here.
 
 use bytes::Bytes;
 
-use crate::prompt::{Kind, Sse, StreamError, Usage, stream_error};
+use crate::prompt::{Kind, Sse, StreamError, Usage};
 
 /// Bytes of the end of an answer that are kept: enough for a final `usage`, whatever follows it.
 const TAIL: usize = 4 * 1024;
@@ -121,40 +122,39 @@ impl Tap {
     }
 }
 
-/// What a stream that begins with `bytes` has begun with.
-pub(super) fn opening(bytes: &[u8]) -> Opening {
-    let mut opening = Opening::Nothing;
-    Sse::new().push(bytes, &mut |event| {
-        if opening == Opening::Nothing {
-            opening = match event.kind() {
-                Kind::Error => Opening::Error(stream_error(event.data).and_then(|e| e.code)),
-                _ => Opening::Event,
-            };
-        }
-    });
-    opening
-}
-
 /// The beginning of a stream, held back until its first event is whole.
-#[derive(Default)]
-pub(super) struct Held(Vec<u8>);
+pub(super) struct Held {
+    bytes: Vec<u8>,
+    events: Sse,
+}
 
 impl Held {
     /// More than this is no event that anybody would wait for.
     const LIMIT: usize = 64 * 1024;
 
+    pub(super) fn new() -> Self {
+        Self { bytes: Vec::new(), events: Sse::new() }
+    }
+
     /// Takes in a read; what the stream has begun with.
     pub(super) fn push(&mut self, chunk: &[u8]) -> Opening {
-        self.0.extend_from_slice(chunk);
-        match opening(&self.0) {
-            Opening::Nothing if self.0.len() > Self::LIMIT => Opening::Event,
-            opening => opening,
-        }
+        self.bytes.extend_from_slice(chunk);
+        let mut opening = Opening::Nothing;
+        self.events.push(chunk, &mut |event| {
+            if opening == Opening::Nothing {
+                opening = match event.error() {
+                    // A mistake of the client's is an answer like any other.
+                    Some(StreamError { code: Some(400..=428 | 430..=499), .. }) | None => Opening::Event,
+                    Some(error) => Opening::Error(error.code),
+                };
+            }
+        });
+        if opening == Opening::Nothing && self.bytes.len() > Self::LIMIT { Opening::Event } else { opening }
     }
 
     /// Everything that was held back.
     pub(super) fn take(self) -> Option<Bytes> {
-        (!self.0.is_empty()).then(|| Bytes::from(self.0))
+        (!self.bytes.is_empty()).then(|| Bytes::from(self.bytes))
     }
 }
 
@@ -194,12 +194,14 @@ mod tests {
 
     #[test]
     fn an_opening_is_told_only_once_its_event_is_whole() {
-        let mut held = Held::default();
+        let mut held = Held::new();
         assert_eq!(held.push(&ERROR.as_bytes()[..20]), Opening::Nothing);
         assert_eq!(held.push(&ERROR.as_bytes()[20..]), Opening::Error(Some(500)));
         assert_eq!(held.take().unwrap(), ERROR.as_bytes());
-        assert_eq!(Held::default().push(ROLE.as_bytes()), Opening::Event);
-        assert_eq!(Held::default().push(b": ping\n\n"), Opening::Event);
+        assert_eq!(Held::new().push(ROLE.as_bytes()), Opening::Event);
+        assert_eq!(Held::new().push(b": ping\n\n"), Opening::Event);
+        let mistake = b"data: {\"error\":{\"message\":\"too long\",\"code\":400}}\n\n";
+        assert_eq!(Held::new().push(mistake), Opening::Event);
     }
 
     #[test]

@@ -1,9 +1,11 @@
-//! The KV memory of one engine: shared prefix blocks with reference counts, and an LRU list of those nobody uses.
+//! The KV memory of one engine: shared prefix blocks with reference counts, and an LRU list of those nobody
+//! uses.
 //!
-//! A block that loses its last user stays, because its content may be asked for again; it goes when the memory is
-//! needed, the least recently used first, and of one sequence the tail before the head (a head without its tail is
-//! useful, a tail without its head is not). Tokens outside whole prompt blocks (the rest of the prompt and what was
-//! generated) are private to their sequence and are only counted. Invariant: `used + idle * block_tokens <= capacity`.
+//! A block that loses its last user stays, because its content may be asked for again; it goes when the
+//! memory is needed, the least recently used first, and of one sequence the tail before the head (a head
+//! without its tail is useful, a tail without its head is not). Tokens outside whole prompt blocks (the rest
+//! of the prompt and what was generated) are private to their sequence and are only counted. Invariant: `used
+//! + idle * block_tokens <= capacity`.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -56,8 +58,9 @@ impl BlockCache {
         self.used
     }
 
-    /// Takes memory for a sequence of `blocks` followed by `private` tokens. Says how many leading blocks, at most
-    /// `limit`, were there already, or nothing (and takes nothing) if the sequence does not fit beside the others.
+    /// Takes memory for a sequence of `blocks` followed by `private` tokens. Says how many leading blocks, at
+    /// most `limit`, were there already, or nothing (and takes nothing) if the sequence does not fit beside
+    /// the others.
     pub(super) fn admit(&mut self, blocks: &[u64], limit: usize, private: u64) -> Option<usize> {
         let mut matched = None;
         let mut added = private;
@@ -90,7 +93,8 @@ impl BlockCache {
         fits
     }
 
-    /// Gives back what a sequence took. Its first `computed` blocks stay for others to find; the rest holds nothing.
+    /// Gives back what a sequence took. Its first `computed` blocks stay for others to find; the rest holds
+    /// nothing.
     pub(super) fn release(&mut self, blocks: &[u64], computed: usize, private: u64) {
         self.used -= private;
         for (position, block) in blocks.iter().enumerate().rev() {
@@ -183,8 +187,8 @@ impl BlockCache {
     }
 }
 
-/// Block identities are hashes already; one multiplication spreads those of traces, which count from zero. It makes a
-/// replay with blocks of 16 tokens about twice as fast as with the standard hasher.
+/// Block identities are hashes already; one multiplication spreads those of traces, which count from zero. It
+/// makes a replay with blocks of 16 tokens about twice as fast as with the standard hasher.
 #[derive(Clone, Copy, Debug, Default)]
 struct Spread(u64);
 

@@ -1,14 +1,15 @@
 //! What one step of an engine costs on a given model and GPU, as a table of constants.
 //!
-//! The duration of a step of continuous batching is linear in five sums over its batch; the constants are least-squares
-//! fits on NVIDIA AIConfigurator (research/routing.md s.6.2, error at most 7 % on the fitted grid, up to 11 % beyond):
+//! The duration of a step of continuous batching is linear in five sums over its batch; the constants are
+//! least-squares fits on NVIDIA AIConfigurator (research/routing.md s.6.2, error at most 7 % on the fitted
+//! grid, up to 11 % beyond):
 //!
 //! ```text
 //! step = base + token * P + attention * sum(c * pre + c^2 / 2) + sequence * D + context * sum(ctx)      [ms]
 //! ```
 //!
-//! `P` prompt tokens computed in the step, in chunks of `c` after `pre` earlier tokens; `D` decoding sequences with
-//! `ctx` tokens of context each. The limits of a batch are vLLM 0.32's defaults for the GPU.
+//! `P` prompt tokens computed in the step, in chunks of `c` after `pre` earlier tokens; `D` decoding
+//! sequences with `ctx` tokens of context each. The limits of a batch are vLLM 0.32's defaults for the GPU.
 
 use std::time::Duration;
 

@@ -1,9 +1,10 @@
-//! A model of an inference engine in virtual time, with the traffic to drive it and the figures to judge it by.
+//! A model of an inference engine in virtual time, with the traffic to drive it and the figures to judge it
+//! by.
 //!
-//! A policy for GPUs can be developed, compared and regression-tested without one: what matters to a balancer is when
-//! tokens come out and what the cache already holds, and both follow from a short model. Everything here is pure: time
-//! and randomness are arguments, so a run is a function of its seed. The same [`replica::Replica`] runs behind a real
-//! socket in the demo and in the tests.
+//! A policy for GPUs can be developed, compared and regression-tested without one: what matters to a balancer
+//! is when tokens come out and what the cache already holds, and both follow from a short model. Everything
+//! here is pure: time and randomness are arguments, so a run is a function of its seed. The same
+//! [`replica::Replica`] runs behind a real socket in the demo and in the tests.
 
 mod blocks;
 pub mod hardware;

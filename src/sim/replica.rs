@@ -1,17 +1,20 @@
-//! One inference engine in virtual time: continuous batching with chunked prefill, a prefix cache and preemption.
+//! One inference engine in virtual time: continuous batching with chunked prefill, a prefix cache and
+//! preemption.
 //!
-//! The only event is the end of a step. A step, within a budget of `batch_tokens`, (1) decodes one token of every
-//! sequence that has its prompt behind it, (2) goes on with the chunks of running prefills, (3) admits from the waiting
-//! queue, first come first served, while budget, `max_sequences` and KV memory allow; a prefix found in the cache is
-//! skipped, in whole blocks and never the whole prompt. A decoding sequence that finds no memory preempts the newest,
-//! which goes back to the head of the queue and is recomputed; a step that preempts admits nobody (vLLM does the same).
-//! Tokens come out at the end of the step, whose duration is [`Hardware::step_time`].
+//! The only event is the end of a step. A step, within a budget of `batch_tokens`, (1) decodes one token of
+//! every sequence that has its prompt behind it, (2) goes on with the chunks of running prefills, (3) admits
+//! from the waiting queue, first come first served, while budget, `max_sequences` and KV memory allow; a
+//! prefix found in the cache is skipped, in whole blocks and never the whole prompt. A decoding sequence that
+//! finds no memory preempts the newest, which goes back to the head of the queue and is recomputed; a step
+//! that preempts admits nobody (vLLM does the same). Tokens come out at the end of the step, whose duration
+//! is [`Hardware::step_time`].
 //!
-//! Known simplifications (research/routing.md s.6.4): a block counts as cached from the admission of the sequence that
-//! computes it, and memory for a whole prompt is taken at admission. The model knows no network and no tokenizer.
+//! Known simplifications (research/routing.md s.6.4): a block counts as cached from the admission of the
+//! sequence that computes it, and memory for a whole prompt is taken at admission. The model knows no network
+//! and no tokenizer.
 //!
-//! It is a state machine: whoever drives it calls [`Replica::advance`] at or after [`Replica::next_step`], and before
-//! each [`Replica::submit`] and [`Replica::cancel`].
+//! It is a state machine: whoever drives it calls [`Replica::advance`] at or after [`Replica::next_step`],
+//! and before each [`Replica::submit`] and [`Replica::cancel`].
 
 use std::collections::{HashMap, VecDeque};
 
@@ -26,8 +29,8 @@ pub struct Job {
     pub id: u64,
     /// Tokens of the prompt; 0 counts as 1.
     pub prompt_tokens: u64,
-    /// Identities of the prompt's whole blocks of `block_tokens`, each naming all that comes before it too. What
-    /// exceeds the prompt is ignored; blocks that are missing at the end are never shared.
+    /// Identities of the prompt's whole blocks of `block_tokens`, each naming all that comes before it too.
+    /// What exceeds the prompt is ignored; blocks that are missing at the end are never shared.
     pub blocks: Vec<u64>,
     /// Tokens to generate; 0 counts as 1.
     pub output_tokens: u64,
@@ -181,8 +184,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Takes a job out at once, wherever it is, and frees its memory; `false` if it is not in the engine. The step it
-    /// was part of still takes as long.
+    /// Takes a job out at once, wherever it is, and frees its memory; `false` if it is not in the engine. The
+    /// step it was part of still takes as long.
     pub fn cancel(&mut self, id: u64) -> bool {
         let Some(slot) = self.slots.remove(&id) else { return false };
         if let Some(place) = self.waiting.iter().position(|waiting| *waiting == slot) {
@@ -259,8 +262,8 @@ impl Replica {
         self.counters.preemptions > before
     }
 
-    /// Takes one more token of memory for `slot`, preempting the newest until there is one; `false` if the newest was
-    /// `slot` itself. Whoever is newer than `slot` has not been scheduled yet.
+    /// Takes one more token of memory for `slot`, preempting the newest until there is one; `false` if the
+    /// newest was `slot` itself. Whoever is newer than `slot` has not been scheduled yet.
     fn make_room(&mut self, slot: usize) -> bool {
         while !self.cache.grow() {
             let Some(newest) = self.running.pop() else { return false };
@@ -320,7 +323,8 @@ impl Replica {
             }
             self.waiting.pop_front();
             self.running.push(slot);
-            // A preempted sequence whose blocks are all still there has one token to compute: it is decoding again.
+            // A preempted sequence whose blocks are all still there has one token to compute: it is decoding
+            // again.
             self.prefilling += usize::from(!sequence.is_decoding());
             self.schedule_chunk(slot, batch);
         }

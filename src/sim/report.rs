@@ -1,7 +1,7 @@
 //! The figures a run is judged by: quantiles of a set of durations, by nearest rank.
 //!
-//! Nearest rank returns a value that was really measured and needs no interpolation rule: the `q` quantile of `n`
-//! samples is the `ceil(q * n)`-th smallest.
+//! Nearest rank returns a value that was really measured and needs no interpolation rule: the `q` quantile of
+//! `n` samples is the `ceil(q * n)`-th smallest.
 
 use std::time::Duration;
 

@@ -1,9 +1,10 @@
 //! The demo's traffic: short chats, long documents and groups that share a long system prompt, from one seed.
 //!
-//! It is the mix that makes counting requests the wrong thing to do: a document costs a GPU what fifty chats cost, and a
-//! group's next request costs almost nothing where its system prompt is cached and a lot elsewhere. Arrivals are
-//! Poisson. A group lives for a number of requests and is then replaced by a new one, as sessions are, so that the
-//! share of prompts seen before does not creep towards one however long the run is.
+//! It is the mix that makes counting requests the wrong thing to do: a document costs a GPU what fifty chats
+//! cost, and a group's next request costs almost nothing where its system prompt is cached and a lot
+//! elsewhere. Arrivals are Poisson. A group lives for a number of requests and is then replaced by a new one,
+//! as sessions are, so that the share of prompts seen before does not creep towards one however long the run
+//! is.
 
 use std::time::Duration;
 
@@ -33,8 +34,8 @@ pub struct Mix {
 }
 
 impl Default for Mix {
-    /// What keeps four engines of the default hardware busy without drowning them: under round robin each spends
-    /// close to half of its time on prompts, the rest on decoding.
+    /// What keeps four engines of the default hardware busy without drowning them: under round robin each
+    /// spends close to half of its time on prompts, the rest on decoding.
     fn default() -> Self {
         Self {
             rate: 26.0,

@@ -1,7 +1,7 @@
 //! A charge that settles itself.
 //!
-//! The ledger's charge, held by the request it belongs to. Whatever ends the request (a full answer, a client that leaves, a
-//! retry, a panic in a hook) drops this, and dropping settles: exactly once, on every path.
+//! The ledger's charge, held by the request it belongs to. Whatever ends the request (a full answer, a client
+//! that leaves, a retry, a panic in a hook) drops this, and dropping settles: exactly once, on every path.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,7 +1,8 @@
 //! A small GET client for probes and polls, on Pingora's own connector.
 //!
-//! One deadline covers everything, bodies are bounded, HTTP/1.1 with a `Host` header is spoken (none of the engines takes
-//! less, research/engines.md s.3), and connections are not kept: a probe should find out whether one can be made.
+//! One deadline covers everything, bodies are bounded, HTTP/1.1 with a `Host` header is spoken (none of the
+//! engines takes less, research/engines.md s.3), and connections are not kept: a probe should find out
+//! whether one can be made.
 
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ use crate::config;
 
 /// The largest answer that is read; SGLang's metrics are about 90 kB.
 const BODY_LIMIT: usize = 4 << 20;
+
+/// A busy engine is slow to answer, but its kernel is not slow to accept.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Asks engines of one upstream.
 pub(super) struct Client {
@@ -63,6 +67,7 @@ impl Client {
     async fn exchange(&self, live: &Live, path: &str) -> pingora::Result<(u16, Bytes)> {
         let mut peer = HttpPeer::new(live.address, self.tls, live.server_name.clone());
         peer.options.idle_timeout = Some(Duration::ZERO);
+        peer.options.connection_timeout = Some(CONNECT_TIMEOUT);
         let (mut session, _) = self.connector.get_http_session(&peer).await?;
         let mut request = RequestHeader::build("GET", path.as_bytes(), Some(4))?;
         request.insert_header("host", live.server_name.as_str())?;

@@ -1,8 +1,10 @@
-//! The core wired to pingora-load-balancing: one [`Upstream`] is a named group of interchangeable backends, alive.
+//! The core wired to pingora-load-balancing: one [`Upstream`] is a named group of interchangeable backends,
+//! alive.
 //!
-//! Pingora's `LoadBalancer` owns membership and health, the [`Balancer`] owns every decision; [`selector`] joins the two. Requests
-//! come in through [`Upstream::admit`] (which may wait) and [`Upstream::assign`] (which does not), and hold a [`Charge`] for as long as they
-//! are in flight. In the background each upstream is probed ([`probe`]) and polled ([`poller`]).
+//! Pingora's `LoadBalancer` owns membership and health, the [`Balancer`] owns every decision; [`selector`]
+//! joins the two. Requests come in through [`Upstream::admit`] (which may wait) and [`Upstream::assign`]
+//! (which does not), and hold a [`Charge`] for as long as they are in flight. In the background each upstream
+//! is probed ([`probe`]) and polled ([`poller`]).
 
 mod charge;
 mod client;
@@ -22,14 +24,15 @@ use futures::FutureExt;
 use parking_lot::{Mutex, RwLock};
 use pingora::server::ShutdownWatch;
 use pingora_load_balancing::discovery::Static;
-use pingora_load_balancing::{Backend, Backends, HealthCheckService, HealthRegistry, LoadBalancer};
+use pingora_load_balancing::{Backend, Backends, LoadBalancer};
 
 pub use charge::Charge;
 pub use models::{Catalog, Serves};
+pub use probe::Probes;
 pub use queue::Refusal;
 
 use crate::balance::retry::{self, Failure};
-use crate::balance::{Balancer, Settings, State, ejection};
+use crate::balance::{Balancer, Settings, State, Tier, ejection};
 use crate::clock::{Clock, Time};
 use crate::config;
 use crate::observe::metrics::{BackendMetrics, Metrics, UpstreamMetrics};
@@ -37,6 +40,10 @@ use crate::policy::{Request, Slot};
 use crate::prompt::{BLOCK_BYTES, BytesPerToken, Digest};
 use queue::Queue;
 use selector::{Key, Selector};
+
+/// How many models' prices are remembered, and how long their names may be.
+const PRICES_LIMIT: usize = 1_024;
+const MODEL_NAME_LIMIT: usize = 256;
 
 /// A named group of interchangeable backends.
 pub struct Upstream {
@@ -52,7 +59,6 @@ pub struct Upstream {
     pub retry: retry::Rule,
     shared: Arc<Shared>,
     balancing: LoadBalancer<Selector>,
-    health: HealthCheckService,
     /// Bytes per prompt token, by model.
     prices: RwLock<HashMap<String, BytesPerToken>>,
     live: HashMap<SocketAddr, Arc<Live>>,
@@ -88,7 +94,7 @@ pub struct Live {
     pub label: String,
     /// Its counters.
     pub metrics: BackendMetrics,
-    /// When it last sent a byte, in nanoseconds of [`Time`].
+    /// When it last sent a byte, in nanoseconds of [`Time`]; 0 before it did.
     last_byte: AtomicU64,
 }
 
@@ -98,9 +104,10 @@ impl Live {
         self.last_byte.store(now.as_nanos(), Ordering::Relaxed);
     }
 
-    /// How long ago the backend sent a byte.
-    fn silence(&self, now: Time) -> Duration {
-        now.since(Time::from_nanos(self.last_byte.load(Ordering::Relaxed)))
+    /// How long ago the backend sent a byte; `None` if it never did.
+    fn silence(&self, now: Time) -> Option<Duration> {
+        let last = self.last_byte.load(Ordering::Relaxed);
+        (last > 0).then(|| now.since(Time::from_nanos(last)))
     }
 }
 
@@ -113,7 +120,7 @@ impl Upstream {
         authorization: Option<String>,
         clock: Clock,
         metrics: &Metrics,
-        seed: u64,
+        probes: &mut Probes,
     ) -> Arc<Self> {
         let settings = Settings {
             ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
@@ -123,7 +130,7 @@ impl Upstream {
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             clock,
-            balancer: Mutex::new(Balancer::new(settings, config.policy.build(), seed)),
+            balancer: Mutex::new(Balancer::new(settings, config.policy.build(), fastrand::u64(..))),
             queue: Queue::new(
                 config.queue.length as usize,
                 config.queue.timeout,
@@ -146,13 +153,7 @@ impl Upstream {
                 (member.address, Arc::new(live))
             })
             .collect();
-        let registry = Arc::new(HealthRegistry::with_equivalence(probe::by_address));
-        if let Some(probe) = probe::Probe::new(&config, authorization.clone(), shared.clone(), live.clone()) {
-            registry.set_health_check(Box::new(probe));
-        }
-        let mut health = HealthCheckService::new(registry.clone());
-        health.health_check_frequency = config.probe.as_ref().map(|probe| probe.interval);
-        health.parallel_health_check = true;
+        let registry = probes.registry(&config, authorization.as_deref(), shared.clone(), live.clone());
         let backends = Backends::new_with_health_registry(Static::new(backend_set(members)), registry);
         let balancing = LoadBalancer::from_backends_with_config(backends, Some(shared.clone()));
         // A static list is there at once; this publishes it and builds the first selector.
@@ -173,21 +174,15 @@ impl Upstream {
             retry,
             shared,
             balancing,
-            health,
             prices: RwLock::new(HashMap::new()),
             live,
         })
     }
 
-    /// Probes and polls the backends until `shutdown`.
+    /// Polls the backends until `shutdown`.
     pub async fn run(&self, shutdown: ShutdownWatch) {
-        let probes = async {
-            if self.config.probe.is_some() {
-                self.health.run(shutdown.clone(), None).await;
-            }
-        };
         let polls = self.live.values().map(|live| poller::run(self, live, shutdown.clone()));
-        futures::join!(probes, futures::future::join_all(polls));
+        futures::future::join_all(polls).await;
     }
 
     /// What the balancer needs to know of a request for `digest`.
@@ -206,15 +201,24 @@ impl Upstream {
     pub fn learn(&self, digest: &Digest, prompt_tokens: u64) {
         let Some(model) = &digest.model else { return };
         let mut prices = self.prices.write();
-        // Only models that an engine has served come here, so this stays as small as the catalog.
-        prices.entry(model.clone()).or_default().learn(digest.prompt_bytes, prompt_tokens);
+        if let Some(price) = prices.get_mut(model) {
+            price.learn(digest.prompt_bytes, prompt_tokens);
+            return;
+        }
+        // An engine that takes any name for a model must not make us remember them all.
+        let is_model = model.len() <= MODEL_NAME_LIMIT && self.catalog.serves(model) == Serves::Yes;
+        if is_model && prices.len() < PRICES_LIMIT {
+            prices.entry(model.clone()).or_default().learn(digest.prompt_bytes, prompt_tokens);
+        }
     }
 
-    /// Chooses a backend and charges it, waiting for room if all are full. `Ok(None)`: there is no backend at all.
+    /// Chooses a backend and charges it, waiting for room if all are full. `Ok(None)`: there is no backend at
+    /// all.
     pub async fn admit(&self, request: &Request<'_>) -> Result<Option<Charge>, Refusal> {
-        if self.shared.queue.is_empty() {
+        if self.shared.queue.is_empty() || self.live.is_empty() {
             let charge = self.assign(request, &[]);
-            if charge.is_some() || self.has_room(&[]) || self.live.is_empty() {
+            // Where there are backends and none was tried, none is assigned only because all are full.
+            if charge.is_some() || self.live.is_empty() {
                 return Ok(charge);
             }
         }
@@ -278,9 +282,9 @@ impl Upstream {
         self.shared.balancer.lock().any_available(now)
     }
 
-    /// Whether a backend that was not tried yet could take a request.
-    pub fn has_room(&self, tried: &[Slot]) -> bool {
-        self.shared.balancer.lock().has_room(tried)
+    /// Among whom [`Upstream::assign`] would choose; `None` if there is nobody.
+    pub fn tier(&self, tried: &[Slot]) -> Option<Tier> {
+        self.shared.balancer.lock().tier(tried, self.shared.clock.now()).ok()
     }
 }
 
@@ -333,7 +337,7 @@ mod tests {
             })
             .collect();
         let metrics = Metrics::new().unwrap();
-        Upstream::new("llama", config, &members, None, Clock::start(), &metrics, 1)
+        Upstream::new("llama", config, &members, None, Clock::start(), &metrics, &mut Probes::default())
     }
 
     fn request() -> Request<'static> {
@@ -366,7 +370,8 @@ mod tests {
         let second = upstream.assign(&request(), &[first.slot]).unwrap();
         assert_ne!(first.address, second.address);
         assert!(upstream.assign(&request(), &[first.slot, second.slot]).is_none());
-        assert!(!upstream.has_room(&[first.slot, second.slot]));
+        assert_eq!(upstream.tier(&[first.slot]), Some(Tier::Available));
+        assert_eq!(upstream.tier(&[first.slot, second.slot]), None);
     }
 
     #[test]
@@ -380,6 +385,21 @@ mod tests {
         assert_eq!((second.address, second.reason), (down, Reason::LastResort));
         drop((first, second));
         assert!(at_rest(&upstream));
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_the_backend_that_is_full_and_not_for_the_one_that_is_down() {
+        let upstream = upstream(2, |config| config.max_requests = Some(1));
+        upstream.shared.observe_health(&SocketAddr::from(([10, 0, 0, 1], 8000)), false);
+        let first = upstream.admit(&request()).await.unwrap().unwrap();
+        let waiting = upstream.clone();
+        let second = tokio::spawn(async move { waiting.admit(&request()).await.unwrap().map(|c| c.address) });
+        while upstream.shared.queue.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let address = first.address;
+        drop(first);
+        assert_eq!(second.await.unwrap(), Some(address));
     }
 
     #[tokio::test]
@@ -398,7 +418,7 @@ mod tests {
 
     #[test]
     fn a_price_is_learned_per_model() {
-        let upstream = upstream(1, |_| {});
+        let upstream = upstream(1, |config| config.models = config::Models::List(vec!["m".to_owned()]));
         let digest = crate::prompt::digest(
             crate::prompt::Endpoint::Completions,
             br#"{"model": "m", "prompt": "0123456789012345678901234567890123456789"}"#,

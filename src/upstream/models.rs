@@ -1,7 +1,8 @@
 //! The catalog: which models an upstream serves.
 //!
-//! Either the configuration names them, or they are learned from the backends' `/v1/models` and kept when a backend dies, so that a known
-//! model without a backend (503) can be told from one that nobody ever served (404). Before anything is learned, nothing is unknown.
+//! Either the configuration names them, or they are learned from the backends' `/v1/models` and kept when a
+//! backend dies, so that a known model without a backend (503) can be told from one that nobody ever served
+//! (404). Before anything is learned, nothing is unknown.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -46,7 +47,7 @@ impl Catalog {
 
     /// Whether backends have to be asked.
     pub fn is_discovered(&self) -> bool {
-        matches!(self.configured, config::Models::Discover)
+        !matches!(self.configured, config::Models::List(_))
     }
 
     /// Whether the upstream serves `model`.
@@ -95,7 +96,7 @@ impl Catalog {
             id: String,
         }
         let Ok(list) = serde_json::from_slice::<List<'_>>(answer) else { return false };
-        let models = list
+        let models: Vec<_> = list
             .data
             .iter()
             .filter_map(|raw| {
@@ -103,6 +104,10 @@ impl Catalog {
                 Some(Model { id: entry.id, json: raw.get().to_owned() })
             })
             .collect();
+        // An engine that lists nothing is still loading, or waits for its own engines.
+        if models.is_empty() {
+            return false;
+        }
         self.learned.write().insert(address, models);
         true
     }
@@ -132,6 +137,7 @@ mod tests {
         let ids: Vec<_> = catalog.models().into_iter().map(|m| m.id).collect();
         assert_eq!(ids, ["a", "b", "c"]);
         assert!(!catalog.learn(address(1), b"<html>"));
+        assert!(!catalog.learn(address(1), br#"{"data":[]}"#));
         assert_eq!(catalog.serves("a"), Serves::Yes);
     }
 

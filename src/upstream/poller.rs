@@ -1,8 +1,9 @@
 //! The poll: what does the engine say of itself?
 //!
-//! One task per backend scrapes the engine's metrics at a jittered interval and asks for its models now and then. Readings never
-//! decide where a request goes (they are 0.05 to 18 s old when they arrive, and deciding on them herds; research/routing.md s.0): they bound the
-//! prefix index, reveal restarts and are shown with their age. A failed poll keeps what was known.
+//! One task per backend scrapes the engine's metrics at a jittered interval and asks for its models now and
+//! then. Readings never decide where a request goes (they are 0.05 to 18 s old when they arrive, and deciding
+//! on them herds; research/routing.md s.0): they bound the prefix index, reveal restarts and are shown with
+//! their age. A failed poll keeps what was known.
 
 use std::time::Duration;
 
@@ -20,8 +21,8 @@ const MODELS_RETRY: Duration = Duration::from_secs(1);
 /// A poll that is switched off still asks for models, with this patience.
 const MODELS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The interval is stretched by up to this fraction, so that polls do not march in step. Never shortened: llama.cpp notices that a
-/// client has left only when nobody asked it anything for a whole second.
+/// The interval is stretched by up to this fraction, so that polls do not march in step. Never shortened:
+/// llama.cpp notices that a client has left only when nobody asked it anything for a whole second.
 const JITTER: f64 = 0.2;
 
 /// Polls one backend until shutdown.

@@ -1,11 +1,15 @@
 //! The active health check: is this backend alive?
 //!
-//! A `GET` of the engine's health path (engines answer HEAD with 405) with a patient timeout, because a saturated engine is slow to
-//! answer and SGLang's always takes a second; several failures in a row before a backend counts as down. Probes of one upstream run in parallel,
-//! each with a jitter of its own, so they neither wait for each other nor arrive together.
+//! A `GET` of the engine's health path (engines answer HEAD with 405) with a patient timeout, because a
+//! saturated engine is slow to answer and SGLang's always takes a second; several failures in a row before a
+//! backend counts as down. Any answer below 500 is a sign of life: an engine that wants a key is not dead.
+//! A probe that times out proves nothing against a backend that has sent bytes meanwhile: it is busy
+//! (research/reliability.md s.0.8 and s.2).
 //!
-//! A probe that times out proves nothing against a backend that has sent bytes since the last one: it is busy, not dead
-//! (research/reliability.md s.0.8 and s.2). Scheduling and thresholds are those of Pingora's `HealthCheckService`.
+//! Scheduling and thresholds are those of Pingora's `HealthCheckService`: all backends of a registry are
+//! probed in parallel, each with a jitter of its own, and a round ends with its slowest probe. Upstreams that
+//! probe in the same way share one registry, keyed by address, so that an engine which serves several of them
+//! is probed once and is up or down for all.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -13,9 +17,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use parking_lot::RwLock;
+use pingora::server::ShutdownWatch;
 use pingora::{Error, ErrorType};
-use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
+use pingora_load_balancing::{Backend, HealthCheckService, HealthRegistry};
 
 use super::client::{Client, NoAnswer};
 use super::{Live, Shared};
@@ -24,66 +30,140 @@ use crate::config;
 /// The fraction of the interval over which probes are spread.
 const JITTER: f64 = 0.2;
 
-/// The health check of one upstream.
-pub(super) struct Probe {
-    config: config::Probe,
-    path: String,
-    client: Client,
-    shared: Arc<Shared>,
-    live: HashMap<SocketAddr, Arc<Live>>,
+/// The registries of the process, one for each way of probing.
+#[derive(Default)]
+pub struct Probes {
+    registries: Vec<Probed>,
 }
 
-impl Probe {
-    /// The check that `config` describes; `None` if it is switched off.
-    pub(super) fn new(
+/// One registry, and those who look at it.
+struct Probed {
+    settings: Settings,
+    registry: Arc<HealthRegistry>,
+    watchers: Watchers,
+}
+
+/// A way of probing.
+#[derive(Clone, PartialEq)]
+struct Settings {
+    probe: config::Probe,
+    path: String,
+    tls: Option<config::BackendTls>,
+    authorization: Option<String>,
+}
+
+/// The upstreams of a registry, each with its backends.
+type Watchers = Arc<RwLock<Vec<(Arc<Shared>, HashMap<SocketAddr, Arc<Live>>)>>>;
+
+impl Probes {
+    /// The registry in which an upstream's backends are probed as `config` says, or not at all.
+    pub(super) fn registry(
+        &mut self,
         config: &config::Upstream,
-        authorization: Option<String>,
+        authorization: Option<&str>,
         shared: Arc<Shared>,
         live: HashMap<SocketAddr, Arc<Live>>,
-    ) -> Option<Self> {
-        let probe = config.probe.clone()?;
-        let path = config.probe_path()?.to_owned();
-        Some(Self { config: probe, path, client: Client::new(config, authorization), shared, live })
+    ) -> Arc<HealthRegistry> {
+        let (Some(probe), Some(path)) = (&config.probe, config.probe_path()) else {
+            return Arc::new(HealthRegistry::with_equivalence(by_address));
+        };
+        let settings = Settings {
+            probe: probe.clone(),
+            path: path.to_owned(),
+            tls: config.tls.clone(),
+            authorization: authorization.map(str::to_owned),
+        };
+        if let Some(known) = self.registries.iter().find(|known| known.settings == settings) {
+            known.watchers.write().push((shared, live));
+            return known.registry.clone();
+        }
+        let watchers = Watchers::new(RwLock::new(vec![(shared, live)]));
+        let registry = Arc::new(HealthRegistry::with_equivalence(by_address));
+        registry.set_health_check(Box::new(Probe {
+            client: Client::new(config, settings.authorization.clone()),
+            settings: settings.clone(),
+            watchers: watchers.clone(),
+        }));
+        self.registries.push(Probed { settings, registry: registry.clone(), watchers });
+        registry
     }
 
-    fn was_heard_lately(&self, live: &Live) -> bool {
-        live.silence(self.shared.clock.now()) < self.config.interval + self.config.timeout
+    /// Probes until `shutdown`.
+    pub async fn run(&self, shutdown: ShutdownWatch) {
+        let services: Vec<_> = self
+            .registries
+            .iter()
+            .map(|probed| {
+                let mut service = HealthCheckService::new(probed.registry.clone());
+                service.health_check_frequency = Some(probed.settings.probe.interval);
+                service.parallel_health_check = true;
+                service
+            })
+            .collect();
+        futures::future::join_all(services.iter().map(|service| service.run(shutdown.clone(), None))).await;
     }
 }
 
 /// Health is that of an address, whatever weight it has at the moment.
-pub(super) fn by_address(backend: &Backend) -> u64 {
+fn by_address(backend: &Backend) -> u64 {
     let mut hasher = DefaultHasher::new();
     backend.addr.hash(&mut hasher);
     hasher.finish()
 }
 
+/// The health check of one registry.
+struct Probe {
+    settings: Settings,
+    client: Client,
+    watchers: Watchers,
+}
+
+impl Probe {
+    /// The backend at `address`, as each upstream that has it sees it.
+    fn watched(&self, address: &SocketAddr) -> Vec<(Arc<Shared>, Arc<Live>)> {
+        let watchers = self.watchers.read();
+        let of = |(shared, live): &(Arc<Shared>, HashMap<_, Arc<Live>>)| {
+            Some((shared.clone(), live.get(address)?.clone()))
+        };
+        watchers.iter().filter_map(of).collect()
+    }
+
+    /// Whether a backend has sent bytes since the probe before the present one.
+    fn was_heard_lately(&self, watched: &[(Arc<Shared>, Arc<Live>)]) -> bool {
+        let lately = self.settings.probe.interval + self.settings.probe.timeout;
+        let heard = |(shared, live): &(Arc<Shared>, Arc<Live>)| live.silence(shared.clock.now());
+        watched.iter().filter_map(heard).any(|silence| silence < lately)
+    }
+}
+
 #[async_trait]
 impl HealthCheck for Probe {
     async fn check(&self, target: &Backend) -> pingora::Result<()> {
-        let Some(live) = target.addr.as_inet().and_then(|address| self.live.get(address)) else {
-            return Ok(());
-        };
-        tokio::time::sleep(self.config.interval.mul_f64(JITTER * fastrand::f64())).await;
-        match self.client.get(live, &self.path, self.config.timeout).await {
-            Ok((200..=299, _)) => Ok(()),
+        let watched = target.addr.as_inet().map_or_else(Vec::new, |address| self.watched(address));
+        let Some((_, live)) = watched.first() else { return Ok(()) };
+        let probe = &self.settings.probe;
+        tokio::time::sleep(probe.interval.mul_f64(JITTER * fastrand::f64())).await;
+        match self.client.get(live, &self.settings.path, probe.timeout).await {
+            Ok((..500, _)) => Ok(()),
             Ok((status, _)) => Error::e_explain(ErrorType::HTTPStatus(status), "probe"),
-            Err(NoAnswer::Late) if self.was_heard_lately(live) => Ok(()),
+            Err(NoAnswer::Late) if self.was_heard_lately(&watched) => Ok(()),
             Err(no_answer) => Error::e_explain(ErrorType::ConnectError, format!("probe: {no_answer}")),
         }
     }
 
     async fn health_status_change(&self, target: &Backend, healthy: bool) {
-        if let Some(address) = target.addr.as_inet() {
-            self.shared.observe_health(address, healthy);
+        let Some(address) = target.addr.as_inet() else { return };
+        for (shared, _) in self.watched(address) {
+            shared.observe_health(address, healthy);
         }
     }
 
     fn backend_summary(&self, target: &Backend) -> String {
-        format!("upstream={} backend={}", self.shared.name, target.addr)
+        format!("backend={}", target.addr)
     }
 
     fn health_threshold(&self, success: bool) -> usize {
-        (if success { self.config.up_after } else { self.config.down_after }) as usize
+        let probe = &self.settings.probe;
+        (if success { probe.up_after } else { probe.down_after }) as usize
     }
 }

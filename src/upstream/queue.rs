@@ -1,13 +1,13 @@
 //! The queue of requests for which every backend is full.
 //!
-//! First come, first served, bounded in length; whoever waits too long, or whose client leaves, is dropped from it. A settled charge wakes
-//! the first in line. New arrivals stand behind those who wait.
+//! First come, first served, bounded in length; whoever waits too long, or whose client leaves, is dropped
+//! from it. A settled charge wakes the first in line. New arrivals stand behind those who wait.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prometheus::IntGauge;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 
 /// Why a wait was in vain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub(super) struct Queue {
     length: usize,
     timeout: Duration,
     waiting: AtomicUsize,
+    /// Held by the first in line; tokio's mutex is fair, so it is handed on in the order of arrival.
+    turn: Mutex<()>,
     room: Notify,
     gauge: IntGauge,
 }
@@ -30,28 +32,30 @@ pub(super) struct Queue {
 impl Queue {
     /// A queue of at most `length` requests that each wait at most `timeout`.
     pub(super) fn new(length: usize, timeout: Duration, gauge: IntGauge) -> Self {
-        Self { length, timeout, waiting: AtomicUsize::new(0), room: Notify::new(), gauge }
+        let (waiting, turn, room) = (AtomicUsize::new(0), Mutex::new(()), Notify::new());
+        Self { length, timeout, waiting, turn, room, gauge }
     }
 
     /// Whether nobody waits, so that an arrival may try at once.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) == 0
+        self.waiting.load(Ordering::SeqCst) == 0
     }
 
-    /// Waits until `attempt` succeeds, trying again whenever there may be room.
+    /// Waits until `attempt` succeeds: tries when it is this request's turn, and whenever there may be room.
     pub(super) async fn wait<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> Result<T, Refusal> {
         let _place = Place::take(self)?;
-        let patience = tokio::time::sleep(self.timeout);
-        tokio::pin!(patience);
-        loop {
-            tokio::select! {
-                () = self.room.notified() => {}
-                () = &mut patience => return Err(Refusal::Late),
+        let served = async {
+            let _turn = self.turn.lock().await;
+            loop {
+                // Room made after this attempt leaves a permit, so it cannot be missed: only one request waits
+                // for it at a time.
+                if let Some(value) = attempt() {
+                    return value;
+                }
+                self.room.notified().await;
             }
-            if let Some(value) = attempt() {
-                return Ok(value);
-            }
-        }
+        };
+        tokio::time::timeout(self.timeout, served).await.map_err(|_| Refusal::Late)
     }
 
     /// A request has ended: there may be room for another.
@@ -67,21 +71,18 @@ struct Place<'a>(&'a Queue);
 
 impl<'a> Place<'a> {
     fn take(queue: &'a Queue) -> Result<Self, Refusal> {
-        let taken = queue
-            .waiting
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < queue.length).then_some(n + 1))
-            .map_err(|_| Refusal::Full)?;
-        queue.gauge.set(taken as i64 + 1);
-        // Room made between the caller's attempt and this moment woke nobody: try once more at once.
-        queue.room.notify_one();
+        let one_more = |n| (n < queue.length).then_some(n + 1);
+        let taken = queue.waiting.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
+        taken.map_err(|_| Refusal::Full)?;
+        queue.gauge.inc();
         Ok(Self(queue))
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        let before = self.0.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.0.gauge.set(before as i64 - 1);
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.0.gauge.dec();
     }
 }
 
@@ -108,6 +109,27 @@ mod tests {
         assert!(first.is_ok() && second.is_ok());
         assert!(queue.is_empty());
         assert_eq!(queue.gauge.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn requests_are_served_in_the_order_of_their_arrival_whoever_arrives_meanwhile() {
+        let queue = queue(10, Duration::from_secs(10));
+        let room = AtomicUsize::new(0);
+        let served = std::cell::RefCell::new(Vec::new());
+        let request = async |name: u32| {
+            let attempt = || room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).ok();
+            queue.wait(attempt).await.unwrap();
+            served.borrow_mut().push(name);
+        };
+        let opener = async {
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+                room.fetch_add(1, Ordering::SeqCst);
+                queue.wake();
+            }
+        };
+        tokio::join!(request(1), request(2), request(3), request(4), opener);
+        assert_eq!(*served.borrow(), [1, 2, 3, 4]);
     }
 
     #[tokio::test]

@@ -1,11 +1,13 @@
 //! The seam: our policies as a selector of pingora-load-balancing.
 //!
-//! Pingora's `LoadBalancer` owns which backends there are, discovers them and keeps their health; on each change it builds a new selector,
-//! and that is how the [`Balancer`](crate::balance::Balancer) learns of its members. A selection walks the backends in the order the selector
-//! yields them. Ours yields what the balancer *picks*: a backend already charged, with the [`Charge`] attached to it
-//! ([`charge_of`]), so that choosing and charging are one step; a backend that is not accepted is settled as it is dropped.
+//! Pingora's `LoadBalancer` owns which backends there are, discovers them and keeps their health; on each
+//! change it builds a new selector, and that is how the [`Balancer`](crate::balance::Balancer) learns of its
+//! members. A selection walks the backends in the order the selector yields them. Ours yields what the
+//! balancer *picks*: a backend already charged, with the [`Charge`] attached to it ([`charge_of`]), so that
+//! choosing and charging are one step; a backend that is not accepted is settled as it is dropped.
 //!
-//! A selector is shown nothing of a request but a key of bytes, so what a policy needs travels as a typed [`Key`].
+//! A selector is shown nothing of a request but a key of bytes, so what a policy needs travels as a typed
+//! [`Key`].
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -22,7 +24,8 @@ use crate::policy::{Request, Slot};
 #[derive(Debug)]
 pub struct Key(Vec<u8>);
 
-/// The fixed part: prompt tokens, tokens per block, whether there is a session key, that key, how many were tried.
+/// The fixed part: prompt tokens, tokens per block, whether there is a session key, that key, how many were
+/// tried.
 const HEAD: usize = 8 + 8 + 1 + 8 + 4;
 
 impl Key {

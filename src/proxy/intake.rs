@@ -1,0 +1,134 @@
+//! The intake: everything between a request's head and its first attempt.
+//!
+//! What needs no engine is answered on the spot. Everything else is read whole, digested, routed, priced and
+//! admitted, in this order, or refused with the reason.
+
+use std::time::Duration;
+
+use pingora::http::RequestHeader;
+use pingora::protocols::http::ServerSession;
+use pingora::{BError, Error, ErrorType, Result};
+use pingora_proxy::Session;
+
+use super::body::{self, Unread};
+use super::reply::{self, REQUEST_ID, Refusal};
+use super::{Context, Proxy};
+use crate::prompt::{self, Endpoint};
+use crate::upstream;
+
+/// The header by which a client keeps a conversation together, beside `prompt_cache_key` in the body.
+const SESSION: &str = "x-session-id";
+
+/// What a client that was refused in the middle of its body may still send, and for how long.
+const LINGER_BYTES: usize = 1 << 20;
+const LINGER: Duration = Duration::from_secs(2);
+
+impl Proxy {
+    /// Answers what needs no engine; false if the request is not such a one.
+    pub(super) async fn answer_locally(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let request = session.req_header();
+        if request.method != http::Method::GET && request.method != http::Method::HEAD {
+            return Ok(false);
+        }
+        let (status, body) = match request.uri.path() {
+            "/health" if self.upstreams.iter().any(|upstream| upstream.is_available()) => {
+                (200, r#"{"status":"ok"}"#.to_owned())
+            }
+            "/health" => (503, r#"{"status":"no backend"}"#.to_owned()),
+            "/v1/models" => {
+                let models: Vec<_> = self.routes.models(request).into_values().collect();
+                (200, format!(r#"{{"object":"list","data":[{}]}}"#, models.join(",")))
+            }
+            path => {
+                let Some(model) = path.strip_prefix("/v1/models/") else { return Ok(false) };
+                // Ids such as `meta-llama/Llama-3.1-8B` come with their slash or with `%2F`.
+                let model = model.replace("%2F", "/").replace("%2f", "/");
+                match self.routes.models(request).remove(&model) {
+                    Some(json) => (200, json),
+                    None => (404, Refusal::model_not_found(&model).json()),
+                }
+            }
+        };
+        ctx.local = true;
+        reply::json(session, &ctx.id, status, body).await?;
+        Ok(true)
+    }
+
+    /// Reads, digests, routes, prices and admits the request, or says why not.
+    pub(super) async fn take_in(&self, session: &mut Session, ctx: &mut Context) -> Result<(), Unread> {
+        let limits = &self.limits;
+        let reading = body::read(session.as_downstream_mut(), limits.body, &self.room);
+        ctx.body = match tokio::time::timeout(limits.body_timeout, reading).await {
+            Ok(body) => body?,
+            Err(_) => return Err(Unread::Refused(Refusal::body_timeout())),
+        };
+        let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
+        ctx.body_bytes = bytes.len();
+        let request = session.req_header();
+        let digest = prompt::digest(Endpoint::from_path(request.uri.path()), bytes);
+        let upstream =
+            self.routes.resolve(request, digest.model.as_deref()).map_err(Unread::Refused)?.clone();
+        ctx.session = request.headers.get(SESSION).map(|value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()));
+        ctx.upstream = Some(upstream.clone());
+        let digest = ctx.digest.insert(digest);
+        let request = upstream.price(digest, ctx.session);
+        ctx.prompt_tokens = request.prompt_tokens;
+        let admitted = tokio::select! {
+            biased;
+            admitted = upstream.admit(&request) => admitted,
+            gone = client_gone(session.as_downstream_mut()) => return Err(Unread::Failed(gone)),
+        };
+        ctx.admitted = match admitted {
+            Ok(Some(charge)) => Some(charge),
+            Ok(None) => return Err(Unread::Refused(Refusal::no_backend(&upstream.name))),
+            Err(upstream::Refusal::Full) => return Err(Unread::Refused(Refusal::queue_full())),
+            Err(upstream::Refusal::Late) => return Err(Unread::Refused(Refusal::queue_timeout())),
+        };
+        ctx.admitted_at = self.clock.now();
+        self.budget.lock().deposit();
+        Ok(())
+    }
+
+    /// Tells the client why its request goes nowhere.
+    pub(super) async fn refuse(
+        &self,
+        session: &mut Session,
+        ctx: &mut Context,
+        refusal: &Refusal,
+    ) -> Result<()> {
+        ctx.refused = Some(refusal.code);
+        let was_read = ctx.body.is_some() || session.is_body_done();
+        reply::refuse(session, &ctx.id, refusal, was_read).await?;
+        if !was_read && let ServerSession::H1(_) = session.as_downstream() {
+            // Closing a socket with unread bytes resets it, and the reset overtakes the answer.
+            let _in_vain = tokio::time::timeout(LINGER, read_on(session.as_downstream_mut())).await;
+        }
+        Ok(())
+    }
+}
+
+/// The client's id if it is one (1 to 128 visible ASCII characters), else a new one.
+pub(super) fn request_id(request: &RequestHeader) -> String {
+    let given = request.headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+    let fits = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    given.filter(fits).map_or_else(|| format!("{:032x}", fastrand::u128(..)), str::to_owned)
+}
+
+/// Reads what a refused client still sends, and forgets it.
+async fn read_on(ds: &mut ServerSession) {
+    let mut read = 0;
+    while let Ok(Some(chunk)) = ds.read_request_body().await {
+        read += chunk.len();
+        if read > LINGER_BYTES || ds.is_body_done() {
+            return;
+        }
+    }
+}
+
+/// Resolves when the client has gone; pends for as long as it waits.
+async fn client_gone(ds: &mut ServerSession) -> BError {
+    match ds.read_body_or_idle(true).await {
+        Err(e) => e.into_down(),
+        Ok(_) => Error::explain(ErrorType::ConnectionClosed, "the request has ended twice").into_down(),
+    }
+}

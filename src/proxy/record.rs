@@ -1,0 +1,87 @@
+//! The record of a request that has ended: its outcome, the counters, the line in the access log.
+
+use pingora::{Error, ErrorSource};
+use pingora_proxy::Session;
+
+use super::{Context, Proxy};
+use crate::balance::retry::Failure;
+use crate::observe::Outcome;
+use crate::observe::access_log::Entry;
+use crate::prompt::Usage;
+
+impl Proxy {
+    /// Counts the request and writes it down.
+    pub(super) fn record(&self, session: &Session, e: Option<&Error>, ctx: &Context) {
+        let outcome = outcome(e, ctx);
+        let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
+        self.count(ctx, outcome, usage);
+        if self.observe.access_log {
+            self.log(session, ctx, outcome, usage);
+        }
+    }
+
+    fn count(&self, ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
+        let upstream = ctx.upstream.as_ref();
+        let Some(attempt) = &ctx.attempt else {
+            self.metrics.count_without_backend(upstream.map_or("", |u| &u.name), outcome);
+            return;
+        };
+        let metrics = &attempt.live.metrics;
+        metrics.count(outcome);
+        let Some(usage) = usage else { return };
+        metrics.prompt_tokens.inc_by(usage.prompt_tokens);
+        metrics.completion_tokens.inc_by(usage.completion_tokens);
+        metrics.cached_tokens.inc_by(usage.cached_tokens.unwrap_or(0));
+        if let (Some(upstream), Some(digest)) = (upstream, &ctx.digest) {
+            upstream.learn(digest, usage.prompt_tokens);
+        }
+    }
+
+    fn log(&self, session: &Session, ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
+        let request = session.req_header();
+        let attempt = ctx.attempt.as_ref();
+        let digest = ctx.digest.as_ref();
+        Entry {
+            id: &ctx.id,
+            client: session.client_addr().map(ToString::to_string),
+            method: request.method.as_str(),
+            path: request.uri.path(),
+            status: session.response_written().map_or(0, |response| response.status.as_u16()),
+            outcome,
+            upstream: ctx.upstream.as_ref().map(|upstream| upstream.name.as_str()),
+            backend: attempt.map(|attempt| attempt.live.label.as_str()),
+            reason: attempt.map(|attempt| attempt.charge.reason.name()),
+            attempts: ctx.attempts,
+            model: digest.and_then(|digest| digest.model.as_deref()),
+            stream: digest.is_some_and(|digest| digest.stream),
+            prompt_estimate: ctx.prompt_tokens,
+            matched_estimate: attempt.map_or(0, |attempt| attempt.charge.matched_tokens),
+            ttft: ctx.ttft,
+            duration: self.clock.now().since(ctx.arrived),
+            bytes_in: ctx.body_bytes,
+            bytes_out: session.body_bytes_sent(),
+            tokens: usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
+            error: ctx.refused.or_else(|| ctx.last_failure.map(Failure::name)),
+        }
+        .write();
+    }
+}
+
+fn outcome(e: Option<&Error>, ctx: &Context) -> Outcome {
+    if ctx.local {
+        return Outcome::Local;
+    }
+    if ctx.refused.is_some() && ctx.attempts == 0 {
+        return Outcome::Refused;
+    }
+    if e.is_some_and(|e| *e.esource() == ErrorSource::Downstream) {
+        return Outcome::ClientGone;
+    }
+    match (&ctx.attempt, e) {
+        (Some(a), None) if a.status >= 500 || a.tap.stream_error().is_some() => Outcome::EngineError,
+        (Some(attempt), None) if attempt.status >= 400 => Outcome::ClientError,
+        (_, None) => Outcome::Ok,
+        (_, Some(_)) if ctx.committed => Outcome::Cut,
+        _ => Outcome::Unreachable,
+    }
+}
