@@ -261,10 +261,8 @@ impl BackgroundService for Background {
 impl Background {
     /// Tells log and systemd that we accept connections.
     async fn announce(&self) {
-        for address in &self.listeners {
-            while tokio::net::TcpStream::connect(reachable(address)).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+        while !self.listeners.iter().all(|address| is_listening(address)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
         log::info!("ready listeners={} pid={}", self.listeners.join(","), std::process::id());
         notify("READY=1");
@@ -306,9 +304,18 @@ impl Background {
     }
 }
 
-/// Where a listener on `address` can be reached from here.
-fn reachable(address: &str) -> String {
-    address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")
+/// Whether a socket of this machine listens on the port of `address`. The kernel's table is asked, because a
+/// connection made to find out would be logged as a failed handshake.
+fn is_listening(address: &str) -> bool {
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+    let Some(local) = port.map(|port| format!(":{port:04X}")) else { return true };
+    let listens = |line: &str| {
+        let mut columns = line.split_whitespace().skip(1);
+        columns.next().is_some_and(|column| column.ends_with(&local)) && columns.nth(1) == Some("0A")
+    };
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(std::fs::read_to_string);
+    // Without the table nobody can tell, and waiting for ever is worse than a moment too early.
+    tables.iter().all(Result::is_err) || tables.iter().flatten().any(|table| table.lines().any(listens))
 }
 
 /// One datagram to systemd, if it asked for it.
@@ -366,5 +373,19 @@ impl ShutdownSignalWatch for Signals {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listening_port_is_seen_without_connecting_to_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        assert!(is_listening(&address));
+        drop(listener);
+        assert!(!is_listening(&address));
     }
 }

@@ -55,6 +55,8 @@ pub struct Entry<'a> {
     pub tokens: Option<(u64, u64, Option<u64>)>,
     /// The last failure, or why we refused.
     pub error: Option<&'a str>,
+    /// What is known of the last failure of a connection.
+    pub detail: Option<&'a str>,
 }
 
 impl Entry<'_> {
@@ -110,6 +112,9 @@ impl fmt::Display for Entry<'_> {
         if let Some(error) = self.error {
             write!(f, " error={}", Quoted(error))?;
         }
+        if let Some(detail) = self.detail {
+            write!(f, " detail={}", Quoted(detail))?;
+        }
         Ok(())
     }
 }
@@ -157,6 +162,7 @@ mod tests {
             bytes_out: 10_000,
             tokens: Some((775, 64, Some(640))),
             error: None,
+            detail: None,
         }
     }
 

@@ -92,6 +92,8 @@ pub struct Context {
     /// The verdict on an attempt that a hook of ours ended: whether another one follows.
     pub(super) retry: Option<bool>,
     pub(super) last_failure: Option<Failure>,
+    /// What Pingora said of it.
+    pub(super) detail: Option<String>,
     /// The code of our own refusal.
     pub(super) refused: Option<&'static str>,
     /// We answered without an upstream.
@@ -156,6 +158,7 @@ impl Context {
             suspects: Vec::new(),
             retry: None,
             last_failure: None,
+            detail: None,
             refused: None,
             local: false,
             committed: false,

@@ -339,6 +339,7 @@ impl ProxyHttp for Proxy {
         // Nothing was sent, so no engine has had this try. Our own troubles, such as a lack of descriptors, are
         // not the backend's.
         ctx.tries = ctx.tries.saturating_sub(1);
+        ctx.detail = Some(e.to_string());
         let ours = *e.etype() == ErrorType::InternalError;
         e.set_retry(!ours && self.judge(ctx, Failure::Connect, None));
         e
@@ -357,6 +358,7 @@ impl ProxyHttp for Proxy {
             (Some(retry), _) => retry && !ctx.committed,
             (None, None) => false,
             (None, Some(failure)) => {
+                ctx.detail = Some(e.to_string());
                 if failure == Failure::StaleConnection {
                     ctx.tries = ctx.tries.saturating_sub(1);
                 }

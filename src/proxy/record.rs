@@ -62,6 +62,7 @@ impl Proxy {
             bytes_out: session.body_bytes_sent(),
             tokens: usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
             error: ctx.refused.or_else(|| ctx.last_failure.map(Failure::name)),
+            detail: ctx.detail.as_deref(),
         }
         .write();
     }

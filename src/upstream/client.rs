@@ -41,7 +41,7 @@ impl std::fmt::Display for NoAnswer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Late => f.write_str("no answer in time"),
-            Self::Failed(e) => write!(f, "{e}"),
+            Self::Failed(e) => f.write_str(e.to_string().trim()),
         }
     }
 }
