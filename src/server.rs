@@ -217,10 +217,12 @@ fn write_pid(path: &Path) -> Result<(), StartError> {
 
 /// Each stream takes two descriptors, and the usual soft limit is 1,024.
 fn raise_open_files(wanted: Option<u32>) {
-    let raised = match wanted {
-        Some(wanted) => rlimit::increase_nofile_limit(u64::from(wanted)),
-        None => rlimit::increase_nofile_limit(rlimit::INFINITY),
-    };
+    let wanted_limit = wanted.map_or(rlimit::INFINITY, u64::from);
+    let raised = rlimit::Resource::NOFILE.get().and_then(|(soft, hard)| {
+        let target = wanted_limit.min(hard);
+        // Not set again where nothing changes: a sandbox may forbid the call.
+        if soft < target { rlimit::Resource::NOFILE.set(target, hard).map(|()| target) } else { Ok(soft) }
+    });
     match (raised, wanted) {
         (Ok(limit), Some(wanted)) if limit < u64::from(wanted) => {
             log::warn!("open files limited limit={limit} wanted={wanted}");
