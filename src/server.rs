@@ -5,6 +5,9 @@
 //! and one background service, which probes and polls the upstreams, tells systemd that we are ready, and
 //! ends the process when the last request has ended after a SIGTERM.
 
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, ToSocketAddrs};
 use std::path::Path;
 use std::sync::Arc;
@@ -263,7 +266,8 @@ impl BackgroundService for Background {
 impl Background {
     /// Tells log and systemd that we accept connections.
     async fn announce(&self) {
-        while !self.listeners.iter().all(|address| is_listening(address)) {
+        let ports: Vec<_> = self.listeners.iter().filter_map(|address| port(address)).collect();
+        while listening_ports().is_some_and(|open| !ports.iter().all(|port| open.contains(port))) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         log::info!("ready listeners={} pid={}", self.listeners.join(","), std::process::id());
@@ -306,18 +310,26 @@ impl Background {
     }
 }
 
-/// Whether a socket of this machine listens on the port of `address`. The kernel's table is asked, because a
-/// connection made to find out would be logged as a failed handshake.
-fn is_listening(address: &str) -> bool {
-    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
-    let Some(local) = port.map(|port| format!(":{port:04X}")) else { return true };
-    let listens = |line: &str| {
-        let mut columns = line.split_whitespace().skip(1);
-        columns.next().is_some_and(|column| column.ends_with(&local)) && columns.nth(1) == Some("0A")
-    };
-    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(std::fs::read_to_string);
-    // Without the table nobody can tell, and waiting for ever is worse than a moment too early.
-    tables.iter().all(Result::is_err) || tables.iter().flatten().any(|table| table.lines().any(listens))
+fn port(address: &str) -> Option<u16> {
+    address.rsplit_once(':')?.1.parse().ok()
+}
+
+/// The TCP ports that somebody listens on, by the kernel's own table: a connection made to find out would be
+/// logged as a failed handshake. `None` where there is no such table.
+fn listening_ports() -> Option<HashSet<u16>> {
+    let mut ports = HashSet::new();
+    let mut found = false;
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let Ok(table) = File::open(table) else { continue };
+        found = true;
+        // Listening sockets come first, and a busy machine has very many others.
+        let listening = |row: &String| row.split_whitespace().nth(3) == Some("0A");
+        for row in BufReader::new(table).lines().map_while(Result::ok).skip(1).take_while(listening) {
+            let local = row.split_whitespace().nth(1).and_then(|local| local.rsplit_once(':'));
+            ports.extend(local.and_then(|(_, port)| u16::from_str_radix(port, 16).ok()));
+        }
+    }
+    found.then_some(ports)
 }
 
 /// One datagram to systemd, if it asked for it.
@@ -385,9 +397,9 @@ mod tests {
     #[test]
     fn a_listening_port_is_seen_without_connecting_to_it() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        assert!(is_listening(&address));
+        let port = listener.local_addr().unwrap().port();
+        assert!(listening_ports().unwrap().contains(&port));
         drop(listener);
-        assert!(!is_listening(&address));
+        assert!(!listening_ports().unwrap().contains(&port));
     }
 }

@@ -55,6 +55,9 @@ use reply::{REQUEST_ID, Refusal};
 use route::Routes;
 use tap::{Held, Opening, Tap};
 
+/// What keeps Pingora's timer for a single read from ringing before ours for the whole body.
+const READ_MARGIN: Duration = Duration::from_secs(5);
+
 /// The header that names the backend which answered.
 const BACKEND: &str = "x-plimsoll-backend";
 
@@ -112,8 +115,8 @@ impl ProxyHttp for Proxy {
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
         ctx.id = intake::request_id(session.req_header());
         session.set_write_timeout(Some(self.limits.client_write_timeout));
-        // Pingora's own 60 s would end a patient upload before our deadline does.
-        session.set_read_timeout(Some(self.limits.body_timeout));
+        // Pingora's own 60 s would end a patient upload before our deadline does, and silently.
+        session.set_read_timeout(Some(self.limits.body_timeout + READ_MARGIN));
         // Only if the client wants the connection kept at all.
         if session.get_keepalive().is_some() {
             session.set_keepalive(Some(self.limits.client_idle.as_secs().max(1)));
@@ -188,6 +191,7 @@ impl ProxyHttp for Proxy {
         // What an engine answers has to be readable on its way (events, usage, errors), and stay HTTP.
         request.remove_header(&header::ACCEPT_ENCODING);
         request.remove_header(&header::UPGRADE);
+        request.remove_header(&header::CONNECTION);
         if let Some(body) = &ctx.body {
             request.insert_header(header::CONTENT_LENGTH, body.bytes.len())?;
         }
@@ -223,6 +227,12 @@ impl ProxyHttp for Proxy {
         response: &mut ResponseHeader,
         ctx: &mut Context,
     ) -> Result<()> {
+        if response.status == http::StatusCode::SWITCHING_PROTOCOLS {
+            // Nobody asked for that, and what follows is not HTTP any more.
+            ctx.last_failure = Some(Failure::Closed);
+            ctx.retry = Some(false);
+            return verdict::end_attempt(Failure::Closed);
+        }
         if response.status.is_informational() {
             return Ok(());
         }
@@ -393,7 +403,8 @@ impl ProxyHttp for Proxy {
             (_, Some(upstream)) => Refusal::no_backend(&upstream.name),
             _ => Refusal::internal(),
         };
-        ctx.refused = Some(refusal.code);
+        // Pingora closes the connection after an error, so the client had better know.
+        session.set_keepalive(None);
         if let Err(e) = self.refuse(session, ctx, &refusal).await {
             log::debug!("error not delivered id={} error={e}", ctx.id);
         }

@@ -79,8 +79,13 @@ fn outcome(e: Option<&Error>, ctx: &Context) -> Outcome {
         return Outcome::ClientGone;
     }
     match (&ctx.attempt, e) {
-        (Some(a), None) if a.status >= 500 || a.tap.stream_error().is_some() => Outcome::EngineError,
-        (Some(attempt), None) if attempt.status >= 400 => Outcome::ClientError,
+        (Some(attempt), None) => {
+            match attempt.tap.stream_error().map_or(attempt.status, |e| e.code.unwrap_or(500)) {
+                ..400 => Outcome::Ok,
+                400..500 => Outcome::ClientError,
+                500.. => Outcome::EngineError,
+            }
+        }
         (_, None) => Outcome::Ok,
         (_, Some(_)) if ctx.committed => Outcome::Cut,
         _ => Outcome::Unreachable,

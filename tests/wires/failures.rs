@@ -4,50 +4,15 @@
 //! backend that was not tried; 503 and 429 are back-pressure and blame nobody; nobody is ejected for ever,
 //! and an ejected backend is better than an error.
 
-use crate::support::client::{Answer as Reply, Client, Framing, Line, Request};
-use crate::support::engine::{Answer, Engine, Gate, Seen, addresses, delta};
+use crate::support::client::{Framing, Line, Request};
+use crate::support::engine::{Answer, Engine, Gate, Seen, delta};
 use crate::support::proxy::Proxy;
+use crate::support::stage::{
+    BOTH, alike, assert_error, before, chat, counts, one_then_another, retry_after, total,
+};
 use crate::support::{one_upstream, wait_until};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-
-const BOTH: [Line; 2] = [Line::Http1, Line::Http2];
-
-fn chat() -> Request {
-    Request::chat("tiny", "hello")
-}
-
-fn counts(engines: &[Engine]) -> Vec<usize> {
-    engines.iter().map(Engine::count).collect()
-}
-
-fn total(engines: &[Engine]) -> usize {
-    engines.iter().map(Engine::count).sum()
-}
-
-/// Two engines that answer every request by `script`.
-fn alike(script: impl Fn(&Seen) -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
-    std::array::from_fn(|_| Engine::start(script.clone()))
-}
-
-/// Two engines of which the first to be asked does `first`, ever after both answer well.
-fn one_then_another(first: impl Fn() -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
-    let asked = Arc::new(AtomicBool::new(false));
-    alike(move |_| if asked.swap(true, SeqCst) { Answer::json(200, "{}") } else { first() })
-}
-
-async fn before(engines: &[Engine], more: &str) -> Proxy {
-    Proxy::start(&one_upstream(&addresses(&engines.iter().collect::<Vec<_>>()), more)).await
-}
-
-fn assert_error(reply: &Reply, status: u16, code: &str) {
-    assert_eq!((reply.status, reply.code().as_str()), (status, code), "{}", reply.text());
-    assert!(reply.complete && reply.header("x-request-id").is_some());
-}
-
-fn retry_after(reply: &Reply) -> u64 {
-    reply.header("retry-after").and_then(|value| value.parse().ok()).expect("a retry-after in seconds")
-}
 
 #[tokio::test]
 async fn a_refused_connection_goes_to_another_backend_and_is_ejected_after_three() {
@@ -142,6 +107,42 @@ async fn a_500_is_retried_only_where_the_upstream_says_so() {
     assert_eq!(counts(&engines), [1, 1]);
     proxy.counts("plimsoll_retries_total", &[("reason", "status_500")], 1.0).await;
     proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_501_passes_through_and_is_not_held_against_the_backend() {
+    let body = r#"{"error":{"message":"not implemented"}}"#;
+    let engines = [Engine::start(move |_| Answer::json(501, body)), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin, max_fails: 1, fail_timeout: 60s").await;
+    let mut passed = 0;
+    for number in 0..12 {
+        let reply = proxy.client(BOTH[number % 2]).await.ask(&chat()).await;
+        if reply.status == 501 {
+            assert_eq!(reply.text(), body);
+            passed += 1;
+        }
+    }
+    assert_eq!((passed, counts(&engines)), (6, vec![6, 6]));
+    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+    assert_eq!(proxy.metrics().await.sum("plimsoll_retries_total", &[]), 0.0);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn retries_and_ejections_are_counted_from_zero() {
+    let engines = [Engine::good(), Engine::good()];
+    let proxy = before(&engines, "").await;
+    let metrics = proxy.metrics().await;
+    for reason in ["connect", "closed", "timeout", "status_502", "status_503", "stream_error"] {
+        let labels = [("upstream", "llm"), ("reason", reason)];
+        assert!(metrics.has("plimsoll_retries_total", &labels), "{reason}");
+        for engine in &engines {
+            let labels = [("backend", &*engine.address()), ("upstream", "llm"), ("reason", reason)];
+            assert!(metrics.has("plimsoll_ejections_total", &labels), "{reason}");
+        }
+    }
+    assert_eq!(metrics.sum("plimsoll_retries_total", &[]), 0.0);
+    assert_eq!(metrics.sum("plimsoll_ejections_total", &[]), 0.0);
 }
 
 #[tokio::test]
@@ -243,53 +244,6 @@ async fn a_rolling_restart_loses_no_request() {
         assert_eq!(client.ask(&chat()).await.status, 200);
     }
     proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_connection_that_the_engine_closed_while_idle_is_invisible() {
-    let engine = Engine::start(|_| Answer::json(200, "{}").close());
-    let proxy = before(std::slice::from_ref(&engine), "max_fails: 1, fail_timeout: 60s").await;
-    for line in BOTH {
-        let mut client = proxy.client(line).await;
-        for _ in 0..10 {
-            assert_eq!(client.ask(&chat()).await.status, 200);
-        }
-    }
-    assert_eq!(engine.count(), 20);
-    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_reused_connection_that_dies_under_a_request_is_invisible_even_with_one_backend() {
-    for death in [Answer::nothing, || Answer::default().reset()] {
-        let engine = Engine::start(move |seen| if seen.nth > 0 { death() } else { Answer::json(200, "{}") });
-        let proxy = before(std::slice::from_ref(&engine), "max_fails: 1, fail_timeout: 60s").await;
-        for line in BOTH {
-            let mut client = proxy.client(line).await;
-            for _ in 0..6 {
-                let reply = client.ask(&chat()).await;
-                assert_eq!(reply.status, 200, "{line:?}: {}", reply.text());
-            }
-        }
-        assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
-        proxy.assert_at_rest().await;
-    }
-}
-
-#[tokio::test]
-async fn upstream_connections_are_reused() {
-    let engine = Engine::good();
-    let proxy =
-        Proxy::start(&format!("server: {{ threads: 1 }}\n{}", one_upstream(&[engine.address()], ""))).await;
-    for line in BOTH {
-        for _ in 0..5 {
-            assert_eq!(proxy.client(line).await.ask(&chat()).await.status, 200);
-        }
-    }
-    let connections: std::collections::HashSet<u64> =
-        engine.seen().iter().map(|seen| seen.connection).collect();
-    assert!(connections.len() <= 2, "{connections:?} connections for ten requests one after another");
 }
 
 #[tokio::test]
@@ -456,122 +410,4 @@ async fn with_one_try_nothing_is_sent_twice() {
     let proxy = before(&engines, "retry: { tries: 1 }").await;
     assert_eq!(proxy.ask(&chat()).await.status, 503);
     assert_eq!(total(&engines), 1);
-}
-
-#[tokio::test]
-async fn a_probe_takes_a_backend_out_and_brings_it_back() {
-    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
-    let probe = "engine: vllm, policy: round_robin, probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 2 }";
-    let proxy = before(&engines, probe).await;
-    let ill = engines[0].address();
-    proxy.counts("plimsoll_backend_up", &[], 2.0).await;
-    engines[0].set_health(503);
-    proxy.counts("plimsoll_backend_up", &[("backend", &ill)], 0.0).await;
-    engines.iter().for_each(Engine::forget);
-    for _ in 0..8 {
-        assert_eq!(proxy.ask(&chat()).await.status, 200);
-    }
-    assert_eq!(counts(&engines), [0, 8]);
-    engines[0].set_health(200);
-    proxy.counts("plimsoll_backend_up", &[("backend", &ill)], 1.0).await;
-    for _ in 0..8 {
-        assert_eq!(proxy.ask(&chat()).await.status, 200);
-    }
-    assert!(engines[0].count() >= 3, "{:?}", counts(&engines));
-}
-
-#[tokio::test]
-async fn a_probe_finds_a_killed_backend_and_its_return() {
-    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
-    let probe = "engine: vllm, probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 1 }";
-    let proxy = before(&engines, probe).await;
-    proxy.counts("plimsoll_backend_up", &[], 2.0).await;
-    engines[1].kill().await;
-    proxy.counts("plimsoll_backend_up", &[("backend", &engines[1].address())], 0.0).await;
-    engines[1].revive();
-    proxy.counts("plimsoll_backend_up", &[("backend", &engines[1].address())], 1.0).await;
-}
-
-/// A proxy that lets one request at a time to its backend, which holds it until the gate is opened.
-async fn one_at_a_time(queue: &str) -> (Proxy, Engine, Gate) {
-    let gate = Gate::new();
-    let scripted = gate.clone();
-    let engine = Engine::start(move |_| Answer::json(200, "{}").held_at(&scripted));
-    let proxy = before(std::slice::from_ref(&engine), &format!("max_requests: 1, queue: {queue}")).await;
-    (proxy, engine, gate)
-}
-
-async fn sent(proxy: &Proxy, line: Line) -> Client {
-    let mut client = proxy.client(line).await;
-    client.send(&chat()).await;
-    client
-}
-
-async fn answered(mut client: Client) -> u16 {
-    let head = client.head().await;
-    assert!(client.rest().await.1);
-    head.status
-}
-
-#[tokio::test]
-async fn beyond_max_requests_a_request_waits_and_beyond_the_queue_it_is_a_503() {
-    let (proxy, engine, gate) = one_at_a_time("{ length: 1, timeout: 30s }").await;
-    let first = sent(&proxy, Line::Http1).await;
-    gate.reached(1).await;
-    // One of these two waits, the other finds the queue full: whichever comes second.
-    let waiting = [sent(&proxy, Line::Http1).await, sent(&proxy, Line::Http2).await];
-    let [mut one, mut two] = waiting;
-    let (refused, queued) = tokio::select! {
-        head = one.head() => ((head, one.rest().await), two),
-        head = two.head() => ((head, two.rest().await), one),
-    };
-    let (head, (body, complete)) = refused;
-    let reply = Reply { status: head.status, headers: head.headers, body, complete };
-    assert_error(&reply, 503, "queue_full");
-    assert!(retry_after(&reply) >= 1);
-    assert_eq!(engine.count(), 1);
-    gate.open();
-    assert_eq!(answered(first).await, 200);
-    gate.reached(2).await;
-    gate.open();
-    assert_eq!(answered(queued).await, 200);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_request_that_waits_too_long_in_the_queue_is_a_503() {
-    let (proxy, engine, gate) = one_at_a_time("{ length: 10, timeout: 200ms }").await;
-    let first = sent(&proxy, Line::Http1).await;
-    gate.reached(1).await;
-    for line in BOTH {
-        assert_error(&proxy.client(line).await.ask(&chat()).await, 503, "queue_timeout");
-    }
-    gate.open();
-    assert_eq!((answered(first).await, engine.count()), (200, 1));
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_the_queue_is_never_sent_on() {
-    let (proxy, engine, gate) = one_at_a_time("{ length: 1, timeout: 30s }").await;
-    let first = sent(&proxy, Line::Http1).await;
-    gate.reached(1).await;
-    // A request in the queue holds its body: that is how the test knows that it has come and that it has
-    // gone.
-    let held = async || proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]);
-    let alone = held().await;
-    for line in BOTH {
-        let queued = sent(&proxy, line).await;
-        wait_until("a request in the queue", async || held().await > alone).await;
-        drop(queued);
-        wait_until("the place in the queue to be free", async || held().await == alone).await;
-    }
-    let third = sent(&proxy, Line::Http1).await;
-    gate.open();
-    assert_eq!(answered(first).await, 200);
-    gate.reached(2).await;
-    gate.open();
-    assert_eq!(answered(third).await, 200);
-    assert_eq!(engine.count(), 2, "a request whose client had left reached the engine");
-    proxy.assert_at_rest().await;
 }

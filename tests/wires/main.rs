@@ -11,9 +11,17 @@ mod captures;
 #[cfg(test)]
 mod cli;
 #[cfg(test)]
+mod connections;
+#[cfg(test)]
 mod failures;
 #[cfg(test)]
 mod harness;
+#[cfg(test)]
+mod health;
+#[cfg(test)]
+mod hygiene;
+#[cfg(test)]
+mod queue;
 #[cfg(test)]
 mod routing;
 #[cfg(test)]

@@ -1,28 +1,15 @@
 //! Which upstream a request belongs to, which of its backends it goes to, and what both sides are told about
 //! it.
 
-use crate::support::client::{Answer as Reply, Line, Request};
+use crate::support::client::{Line, Request};
 use crate::support::engine::{Answer, Engine, Gate, addresses, delta};
 use crate::support::proxy::Proxy;
+use crate::support::stage::{BOTH, assert_error, counts};
 use crate::support::{one_upstream, upstream, wait_until};
 use std::collections::HashSet;
 
-fn counts(engines: &[Engine]) -> Vec<usize> {
-    engines.iter().map(Engine::count).collect()
-}
-
 fn good_engines<const N: usize>() -> [Engine; N] {
     std::array::from_fn(|_| Engine::good())
-}
-
-fn assert_error(reply: &Reply, status: u16, code: &str) {
-    assert_eq!((reply.status, reply.code().as_str()), (status, code), "{}", reply.text());
-    let error = &reply.value()["error"];
-    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{error}");
-    assert!(error["type"].is_string() && error.as_object().unwrap().contains_key("param"), "{error}");
-    assert!(reply.header("content-type").is_some_and(|kind| kind.starts_with("application/json")));
-    assert!(reply.header("x-request-id").is_some_and(|id| !id.is_empty()));
-    assert!(reply.complete);
 }
 
 /// The model names that the proxy lists.
@@ -58,6 +45,40 @@ async fn discovered_models_lead_to_their_upstream_and_are_listed_together() {
     assert_error(&proxy.ask(&Request::chat("gamma", "hello")).await, 404, "model_not_found");
     assert_eq!((alpha.count() + twin.count(), beta.count()), (4, 1));
     proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn an_upstream_that_takes_any_model_lists_what_its_backends_say() {
+    let [engine] = good_engines();
+    engine.set_models(&["org/name", "plain"]);
+    let proxy = Proxy::start(&one_upstream(&[engine.address()], "")).await;
+    wait_until("discovery", async || !models(&proxy).await.is_empty()).await;
+    assert_eq!(models(&proxy).await, ["org/name", "plain"].map(str::to_owned).into());
+    assert_eq!(proxy.ask(&Request::chat("unlisted", "hello")).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_model_with_a_slash_is_found_by_either_spelling_of_its_path() {
+    let [engine] = good_engines();
+    engine.set_models(&["org/name", "plain"]);
+    let proxy = Proxy::start(&one_upstream(&[engine.address()], "")).await;
+    wait_until("discovery", async || !models(&proxy).await.is_empty()).await;
+    for line in BOTH {
+        for (path, id) in [
+            ("org%2Fname", "org/name"),
+            ("org%2fname", "org/name"),
+            ("org/name", "org/name"),
+            ("plain", "plain"),
+        ] {
+            let reply = proxy.client(line).await.ask(&Request::get(&format!("/v1/models/{path}"))).await;
+            assert_eq!((reply.status, reply.value()["id"].as_str()), (200, Some(id)), "{path}");
+        }
+        for path in ["org", "name", "org%2Fother", "org%252Fname"] {
+            let reply = proxy.client(line).await.ask(&Request::get(&format!("/v1/models/{path}"))).await;
+            assert_error(&reply, 404, "model_not_found");
+        }
+    }
+    assert_eq!(engine.count(), 0);
 }
 
 #[tokio::test]

@@ -248,6 +248,62 @@ async fn an_error_as_first_event_passes_through_where_there_is_no_other_backend(
 }
 
 #[tokio::test]
+async fn a_poisonous_stream_that_fails_everywhere_ejects_nobody() {
+    let error = r#"{"error":{"message":"EngineCore encountered an issue.","code":500}}"#;
+    let engines: [Engine; 4] = std::array::from_fn(|_| {
+        Engine::start(move |seen| match seen.head.header("x-poison") {
+            Some(_) => Answer::stream_of(&[error]),
+            None => Answer::stream_of(&[&delta("hello")]),
+        })
+    });
+    let more = "policy: round_robin, max_fails: 3, fail_timeout: 60s";
+    let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), more)).await;
+    for number in 0..10 {
+        let reply = proxy.client(BOTH[number % 2]).await.ask(&streamed().with("x-poison", "1")).await;
+        assert_eq!((reply.status, reply.events()), (200, vec![error.to_owned(), "[DONE]".to_owned()]));
+        let well = proxy.client(BOTH[number % 2]).await.ask(&streamed()).await;
+        assert_is_the_good_stream(&well);
+    }
+    assert_eq!(seen(&engines).iter().sum::<usize>(), 10 * 2 + 10, "two tries for poison, one for the rest");
+    proxy.counts("plimsoll_requests_total", &[("outcome", "engine_error")], 10.0).await;
+    let metrics = proxy.metrics().await;
+    for engine in &engines {
+        let backend = engine.address();
+        assert!(metrics.has("plimsoll_ejections_total", &[("backend", &backend)]));
+        assert_eq!(metrics.sum("plimsoll_ejections_total", &[("backend", &backend)]), 0.0);
+        assert_eq!(metrics.sum("plimsoll_backend_up", &[("backend", &backend)]), 1.0);
+    }
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_clients_mistake_as_first_event_passes_through_and_is_nobodys_fault() {
+    let error = r#"{"error":{"message":"The prompt is too long.","type":"BadRequestError","code":400}}"#;
+    let engines: [Engine; 2] = std::array::from_fn(|_| {
+        Engine::start(move |seen| match seen.head.header("x-mistake") {
+            Some(_) => Answer::stream_of(&[error]),
+            None => Answer::stream_of(&[&delta("hello")]),
+        })
+    });
+    let more = "policy: round_robin, max_fails: 1, fail_timeout: 60s";
+    let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), more)).await;
+    for line in BOTH {
+        for _ in 0..4 {
+            engines.iter().for_each(Engine::forget);
+            let reply = proxy.client(line).await.ask(&streamed().with("x-mistake", "1")).await;
+            assert_eq!((reply.status, reply.events()), (200, vec![error.to_owned(), "[DONE]".to_owned()]));
+            assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
+            assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
+        }
+    }
+    let metrics = proxy.metrics().await;
+    assert_eq!(metrics.sum("plimsoll_ejections_total", &[]), 0.0);
+    assert_eq!(metrics.sum("plimsoll_retries_total", &[]), 0.0);
+    assert_eq!(metrics.sum("plimsoll_backend_up", &[]), 2.0);
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
 async fn an_error_later_in_a_stream_passes_through_and_is_counted() {
     let error = r#"{"error":{"message":"EngineCore encountered an issue.","code":500}}"#;
     let engines = one_then_another(move || Answer::stream_of(&[&delta("a"), error]));

@@ -101,9 +101,8 @@ impl Answer {
     /// A whole JSON answer with further header lines, each ending in CRLF.
     pub fn json_with(status: u16, headers: &str, body: &str) -> Self {
         let length = body.len();
-        Self::default().write(format!(
-            "HTTP/1.1 {status} Scripted\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
-        ))
+        let own = format!("content-type: application/json\r\ncontent-length: {length}\r\n");
+        Self::default().write(format!("HTTP/1.1 {status} Scripted\r\n{own}{headers}\r\n{body}"))
     }
 
     /// The header of an event stream; the events follow with [`Answer::event`].
@@ -181,6 +180,7 @@ struct State {
     seen: Mutex<Vec<Seen>>,
     models: Mutex<Vec<String>>,
     health: AtomicU16,
+    probes: AtomicU64,
     connections: AtomicU64,
     left: AtomicU64,
 }
@@ -207,6 +207,7 @@ impl Engine {
             seen: Mutex::default(),
             models: Mutex::new(vec!["tiny".to_owned()]),
             health: AtomicU16::new(200),
+            probes: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             left: AtomicU64::new(0),
         };
@@ -256,6 +257,17 @@ impl Engine {
         self.state.health.store(status, SeqCst);
     }
 
+    /// How often `GET /health` was asked.
+    pub fn probes(&self) -> u64 {
+        self.state.probes.load(SeqCst)
+    }
+
+    /// Waits until `count` more probes have been answered, all with what health is now.
+    pub async fn probed(&self, count: u64) {
+        let enough = self.probes() + count;
+        wait_until("a probe", async || self.probes() >= enough).await;
+    }
+
     /// What `GET /v1/models` lists from now on.
     pub fn set_models(&self, models: &[&str]) {
         *self.state.models.lock() = models.iter().map(|&model| model.to_owned()).collect();
@@ -303,16 +315,15 @@ pub fn addresses(engines: &[&Engine]) -> Vec<String> {
 
 /// A chat completion chunk with this content.
 pub fn delta(text: &str) -> String {
-    format!(
-        r#"{{"id":"c","object":"chat.completion.chunk","model":"tiny","choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}"#
-    )
+    let choice = format!(r#"{{"index":0,"delta":{{"content":"{text}"}}}}"#);
+    format!(r#"{{"id":"c","object":"chat.completion.chunk","model":"tiny","choices":[{choice}]}}"#)
 }
 
 /// The usage event that ends a stream asked for with `include_usage`.
 pub fn usage(prompt: u64, completion: u64, cached: u64) -> String {
-    format!(
-        r#"{{"choices":[],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{completion},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#
-    )
+    let counted = format!(r#""prompt_tokens":{prompt},"completion_tokens":{completion}"#);
+    let details = format!(r#""prompt_tokens_details":{{"cached_tokens":{cached}}}"#);
+    format!(r#"{{"choices":[],"usage":{{{counted},{details}}}}}"#)
 }
 
 async fn accept(listener: TcpListener, state: Arc<State>) {
@@ -393,7 +404,10 @@ fn housekeeping(state: &State, head: &Head) -> Option<Answer> {
         return None;
     }
     match head.path() {
-        "/health" => Some(Answer::json(state.health.load(SeqCst), "")),
+        "/health" => {
+            state.probes.fetch_add(1, SeqCst);
+            Some(Answer::json(state.health.load(SeqCst), ""))
+        }
         "/metrics" => Some(Answer::json_with(200, "", "")),
         "/v1/models" => {
             let models = state.models.lock();

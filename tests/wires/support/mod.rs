@@ -12,6 +12,8 @@ pub mod http2;
 pub mod metrics;
 pub mod port;
 pub mod proxy;
+pub mod raw;
+pub mod stage;
 pub mod tls;
 
 use std::time::Duration;
