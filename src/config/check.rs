@@ -206,7 +206,19 @@ impl Check<'_> {
             PolicyConfig::PrefixHash(options) => {
                 vec![("load_factor", options.load_factor, 1.0 + f64::EPSILON, "above 1")]
             }
-            PolicyConfig::LeastConnections | PolicyConfig::RoundRobin | PolicyConfig::RandomTwo => Vec::new(),
+            PolicyConfig::Blend(options) => {
+                let at = path.key("blend");
+                let named = options.factors().next().is_some() && self.reading.is_intact(&at);
+                if named && options.factors().all(|(_, factor)| factor == 0.0) {
+                    let message = "every factor of the blend is 0: nothing is left to choose by".to_owned();
+                    self.value(at, message, "give one of them a factor above 0");
+                }
+                options.factors().map(|(key, factor)| (key, factor, 0.0, "0 or more")).collect()
+            }
+            PolicyConfig::LeastConnections
+            | PolicyConfig::RoundRobin
+            | PolicyConfig::RandomTwo
+            | PolicyConfig::Lmetric => Vec::new(),
         };
         for (key, number, least, range) in options {
             if !(number.is_finite() && number >= least) {

@@ -91,7 +91,8 @@ const SIZE: &str = "a size such as `64KiB` or `32MiB`";
 /// Longer than anything one would wait for, and far from the limits of every timer.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3_600);
 
-fn parse_duration(text: &str) -> Option<Duration> {
+/// Reads a duration such as `30s`; on the command line it is written as in the file.
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
     let (number, unit) = number_and_unit(text)?;
     let duration = match unit {
         "ms" => Duration::from_millis(number),
@@ -293,7 +294,11 @@ impl<'de> Visitor<'de> for NameOrMap {
         let policy = match named {
             PolicyConfig::LeastPendingTokens(_) => PolicyConfig::LeastPendingTokens(map.next_value()?),
             PolicyConfig::PrefixHash(_) => PolicyConfig::PrefixHash(map.next_value()?),
-            plain @ (PolicyConfig::LeastConnections | PolicyConfig::RoundRobin | PolicyConfig::RandomTwo) => {
+            PolicyConfig::Blend(_) => PolicyConfig::Blend(map.next_value()?),
+            plain @ (PolicyConfig::LeastConnections
+            | PolicyConfig::RoundRobin
+            | PolicyConfig::RandomTwo
+            | PolicyConfig::Lmetric) => {
                 let NoOptions {} = map.next_value()?;
                 plain
             }

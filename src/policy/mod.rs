@@ -8,8 +8,10 @@
 //! the compiler asks for the rest. Most policies are a [`Policy::cost`]; only those whose answer is not "the
 //! cheapest" (taking turns, hashing) override [`Policy::choose`].
 
+pub mod blend;
 pub mod least_connections;
 pub mod least_pending_tokens;
+pub mod lmetric;
 pub mod prefix_hash;
 pub mod random_two;
 pub mod round_robin;
@@ -184,12 +186,23 @@ pub enum PolicyConfig {
     RoundRobin,
     /// See [`random_two`].
     RandomTwo,
+    /// See [`lmetric`].
+    Lmetric,
+    /// See [`blend`].
+    Blend(blend::Options),
 }
 
 impl PolicyConfig {
     /// The names of all policies, as written in YAML.
-    pub const NAMES: &[&str] =
-        &["least_pending_tokens", "prefix_hash", "least_connections", "round_robin", "random_two"];
+    pub const NAMES: &[&str] = &[
+        "least_pending_tokens",
+        "prefix_hash",
+        "least_connections",
+        "round_robin",
+        "random_two",
+        "lmetric",
+        "blend",
+    ];
 
     /// The policy's name, as written in YAML.
     pub fn name(&self) -> &'static str {
@@ -199,6 +212,8 @@ impl PolicyConfig {
             Self::LeastConnections => "least_connections",
             Self::RoundRobin => "round_robin",
             Self::RandomTwo => "random_two",
+            Self::Lmetric => "lmetric",
+            Self::Blend(_) => "blend",
         }
     }
 
@@ -210,6 +225,8 @@ impl PolicyConfig {
             "least_connections" => Self::LeastConnections,
             "round_robin" => Self::RoundRobin,
             "random_two" => Self::RandomTwo,
+            "lmetric" => Self::Lmetric,
+            "blend" => Self::Blend(blend::Options::default()),
             _ => return None,
         })
     }
@@ -224,6 +241,8 @@ impl PolicyConfig {
             Self::LeastConnections => Box::new(least_connections::LeastConnections),
             Self::RoundRobin => Box::new(round_robin::RoundRobin::default()),
             Self::RandomTwo => Box::new(random_two::RandomTwo),
+            Self::Lmetric => Box::new(lmetric::Lmetric),
+            Self::Blend(options) => Box::new(blend::Blend::new(options)),
         }
     }
 }
