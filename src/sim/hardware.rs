@@ -89,6 +89,18 @@ impl Hardware {
         Self::ALL.into_iter().find(|row| row.name == name)
     }
 
+    /// The same at `speed` times the speed, which is above 0.
+    pub fn at_speed(self, speed: f64) -> Self {
+        Self {
+            base_ms: self.base_ms / speed,
+            token_ms: self.token_ms / speed,
+            attention_ms: self.attention_ms / speed,
+            sequence_ms: self.sequence_ms / speed,
+            context_ms: self.context_ms / speed,
+            ..self
+        }
+    }
+
     /// How long a step with this batch takes.
     pub fn step_time(&self, batch: &Batch) -> Duration {
         let ms = self.base_ms

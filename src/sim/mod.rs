@@ -4,10 +4,13 @@
 //! A policy for GPUs can be developed, compared and regression-tested without one: what matters to a balancer
 //! is when tokens come out and what the cache already holds, and both follow from a short model. Everything
 //! here is pure: time and randomness are arguments, so a run is a function of its seed. The same
-//! [`replica::Replica`] runs behind a real socket in the demo and in the tests.
+//! [`replica::Replica`] runs behind a real socket in the demo and in the tests; [`fleet`] replays a recorded
+//! [`trace`] through several of them and the production [`crate::balance::Balancer`].
 
 mod blocks;
+pub mod fleet;
 pub mod hardware;
 pub mod replica;
 pub mod report;
+pub mod trace;
 pub mod workload;
