@@ -1,11 +1,12 @@
 //! The command line: what can be asked of the program, and what it exits with.
 
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{config, demo, server};
+use crate::{config, demo, server, simulate};
 
 /// The configuration is invalid (`EX_CONFIG` of sysexits.h).
 const EXIT_CONFIG: u8 = 78;
@@ -44,6 +45,8 @@ enum Command {
     Demo(demo::DemoOptions),
     /// Run one simulated engine that speaks vLLM's dialect.
     Engine(demo::engine::EngineOptions),
+    /// Replay recorded traffic in virtual time: which policy serves it best, and how much of it.
+    Simulate(simulate::SimulateOptions),
 }
 
 /// Does what the command line says.
@@ -57,14 +60,15 @@ pub fn main() -> ExitCode {
             Err(report) => invalid(&report),
         },
         Command::Check { file } => match config::load(&file) {
-            Ok(config) => {
-                say(&format!("{}: ok, {}", file.display(), summary(&config)));
-                ExitCode::SUCCESS
-            }
+            Ok(config) => say(&format!("{}: ok, {}", file.display(), summary(&config))),
             Err(report) => invalid(&report),
         },
         Command::Demo(options) => exit(demo::run_demo(&options)),
         Command::Engine(options) => exit(demo::engine::run_engine(options)),
+        Command::Simulate(options) => match simulate::simulate(&options) {
+            Ok(found) => say(found.trim_end()),
+            Err(why) => exit(Err(why)),
+        },
     }
 }
 
@@ -95,9 +99,12 @@ fn exit<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the answer of a command")]
-fn say(text: &str) {
-    println!("{text}");
+/// Prints the answer of a command; a reader that has seen enough of it (`| head`) is no failure.
+fn say(text: &str) -> ExitCode {
+    match writeln!(io::stdout(), "{text}") {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => exit(Err(e)),
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 #[expect(clippy::print_stderr, reason = "the answer of a command")]

@@ -40,4 +40,6 @@ pub mod server;
 
 pub mod demo;
 
+pub mod simulate;
+
 pub mod cli;

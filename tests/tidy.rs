@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use source::{Source, item_end};
 
 /// The rooms in the order in which they may import each other; those in one row know nothing of each other.
-const ORDER: [&[&str]; 15] = [
+const ORDER: [&[&str]; 16] = [
     &["clock"],
     &["engine", "prompt"],
     &["policy"],
@@ -26,6 +26,7 @@ const ORDER: [&[&str]; 15] = [
     &["admin"],
     &["server"],
     &["demo"],
+    &["simulate"],
     &["cli"],
     &["lib"],
     &["main"],

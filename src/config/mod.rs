@@ -32,6 +32,8 @@ pub use route::{HostPattern, ModelPattern, Route};
 pub use secret::Secret;
 pub use upstream::{Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream};
 
+pub(crate) use units::parse_duration;
+
 use place::Place;
 use strike::Reading;
 use tree::{NotATree, Tree};

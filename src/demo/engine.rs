@@ -257,7 +257,8 @@ impl Drop for Ticket {
     }
 }
 
-fn hardware(name: &str) -> Result<Hardware, String> {
+/// A row of the table of hardware, from the command line.
+pub(crate) fn hardware(name: &str) -> Result<Hardware, String> {
     Hardware::named(name).ok_or_else(|| {
         let names = Hardware::ALL.map(|row| row.name).join(", ");
         format!("no such hardware, known are {names}")

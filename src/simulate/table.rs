@@ -1,0 +1,158 @@
+//! What a simulation found, as a table for people and as JSON for programs.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::sim::report::{Figures, Samples};
+
+/// The figures of one policy under one seed.
+#[derive(Clone, Debug)]
+pub(super) struct Run {
+    pub(super) policy: &'static str,
+    pub(super) seed: u64,
+    pub(super) figures: Figures,
+}
+
+/// The largest speed-up one policy keeps the SLO at, under one seed.
+#[derive(Clone, Debug)]
+pub(super) struct Limit {
+    pub(super) policy: &'static str,
+    pub(super) seed: u64,
+    pub(super) speedup: Option<f64>,
+}
+
+/// The runs, one line each, below the names of the columns.
+pub(super) fn runs(runs: &[Run]) -> String {
+    let mut text = String::new();
+    let quantiles =
+        |width: usize| ["mean", "p50", "p90", "p99"].map(|name| format!("{name:>width$}")).concat();
+    let _ = writeln!(text, "{:<27}{:>32}{:>24}{:>28}", "", "TTFT ms", "TPOT ms", "E2E s");
+    let _ = writeln!(
+        text,
+        "{:<22}{:>5}{}{}{}{:>8}{:>8}{:>6}{:>7}{:>9}",
+        "policy",
+        "seed",
+        quantiles(8),
+        quantiles(6),
+        quantiles(7),
+        "in SLO",
+        "good/s",
+        "hits",
+        "share",
+        "preempt"
+    );
+    for Run { policy, seed, figures } in runs {
+        let _ = writeln!(
+            text,
+            "{policy:<22}{seed:>5}{}{}{}{:>8}{:>8.2}{:>6}{:>7}{:>9}",
+            cells(&figures.first_token, 8, 0, 1e3),
+            cells(&figures.per_token, 6, 1, 1e3),
+            cells(&figures.whole, 7, 2, 1.0),
+            percent(figures.good_share()),
+            figures.goodput(),
+            percent(figures.hit_ratio),
+            percent(figures.largest_share),
+            figures.preemptions
+        );
+    }
+    // The same requests are too long under every policy.
+    if let Some(refused) = runs.first().map(|run| run.figures.refused).filter(|refused| *refused > 0) {
+        let _ = writeln!(text, "{refused} requests exceed the engine's KV memory and were refused");
+    }
+    text
+}
+
+/// The limits, each also as a multiple of the first policy's under the same seed.
+pub(super) fn limits(limits: &[Limit]) -> String {
+    let mut text = format!("{:<22}{:>5}{:>10}{:>10}\n", "policy", "seed", "speed-up", "multiple");
+    for Limit { policy, seed, speedup } in limits {
+        let first = limits.iter().find(|limit| limit.seed == *seed).and_then(|limit| limit.speedup);
+        let cell = |number: Option<f64>| number.map_or_else(|| "-".to_owned(), |n| format!("{n:.2}"));
+        let multiple = speedup.zip(first).map(|(this, first)| this / first);
+        let _ = writeln!(text, "{policy:<22}{seed:>5}{:>10}{:>10}", cell(*speedup), cell(multiple));
+    }
+    text
+}
+
+/// The runs as JSON.
+pub(super) fn runs_json(runs: &[Run]) -> Value {
+    let run = |Run { policy, seed, figures }: &Run| {
+        json!({
+            "policy": policy,
+            "seed": seed,
+            "requests": figures.requests,
+            "refused": figures.refused,
+            "ttft_ms": samples_json(&figures.first_token),
+            "tpot_ms": samples_json(&figures.per_token),
+            "e2e_ms": samples_json(&figures.whole),
+            "good_share": figures.good_share(),
+            "goodput": figures.goodput(),
+            "hit_ratio": figures.hit_ratio,
+            "largest_share": figures.largest_share,
+            "preemptions": figures.preemptions,
+        })
+    };
+    runs.iter().map(run).collect()
+}
+
+/// The limits as JSON; `null` where the SLO is never kept.
+pub(super) fn limits_json(limits: &[Limit]) -> Value {
+    let limit = |Limit { policy, seed, speedup }: &Limit| json!({ "policy": policy, "seed": seed, "speedup": speedup });
+    limits.iter().map(limit).collect()
+}
+
+/// Mean, p50, p90 and p99; nothing without samples.
+fn summary(samples: &Samples) -> Option<[Duration; 4]> {
+    let [p50, p90, p99] = samples.quantiles([0.5, 0.9, 0.99])?;
+    Some([samples.mean()?, p50, p90, p99])
+}
+
+fn cells(samples: &Samples, width: usize, decimals: usize, per_second: f64) -> String {
+    let cell = |value: Duration| format!("{:>width$.decimals$}", value.as_secs_f64() * per_second);
+    match summary(samples) {
+        Some(values) => values.map(cell).concat(),
+        None => format!("{:>width$}", "-").repeat(4),
+    }
+}
+
+fn samples_json(samples: &Samples) -> Value {
+    let Some(values) = summary(samples) else { return Value::Null };
+    let [mean, p50, p90, p99] = values.map(|value| value.as_secs_f64() * 1e3);
+    json!({ "mean": mean, "p50": p50, "p90": p90, "p99": p99 })
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1}%", share * 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_compared_with_the_first_under_the_same_seed() {
+        let limit = |policy, seed, speedup| Limit { policy, seed, speedup };
+        let text = limits(&[
+            limit("round_robin", 1, Some(1.5)),
+            limit("round_robin", 2, None),
+            limit("lmetric", 1, Some(3.0)),
+            limit("lmetric", 2, Some(3.0)),
+        ]);
+        let cells: Vec<Vec<&str>> =
+            text.lines().skip(1).map(|line| line.split_whitespace().skip(1).collect()).collect();
+        assert_eq!(cells[..2], [["1", "1.50", "1.00"], ["2", "-", "-"]]);
+        assert_eq!(cells[2..], [["1", "3.00", "2.00"], ["2", "3.00", "-"]]);
+    }
+
+    #[test]
+    fn a_run_without_answers_shows_dashes_and_says_why() {
+        let figures = Figures { requests: 2, refused: 2, ..Figures::default() };
+        let found = [Run { policy: "lmetric", seed: 1, figures }];
+        let text = runs(&found);
+        assert_eq!(text.lines().nth(2).map(|line| line.matches(" -").count()), Some(12), "{text}");
+        assert!(text.ends_with("2 requests exceed the engine's KV memory and were refused\n"), "{text}");
+        assert_eq!(runs_json(&found)[0]["ttft_ms"], Value::Null);
+    }
+}
