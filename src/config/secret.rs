@@ -103,14 +103,14 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("plimsoll-secret-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("good"), "sk-1234\n").unwrap();
-        std::fs::write(folder.join("split"), "sk-12\n34").unwrap();
+        std::fs::write(folder.join("split"), "sk-canary\ncanary").unwrap();
         std::fs::write(folder.join("empty"), "\n").unwrap();
         let read = |name: &str| {
             let mut secret = Secret { source: Source::File(name.into()), value: String::new() };
             secret.read(&folder).map(|()| secret.expose().to_owned())
         };
         assert_eq!(read("good").unwrap(), "sk-1234");
-        assert!(!read("split").unwrap_err().contains("34"));
+        assert!(!read("split").unwrap_err().contains("canary"));
         assert!(read("empty").unwrap_err().contains("is empty"));
         assert!(read("absent").unwrap_err().contains("cannot read"));
         std::fs::remove_dir_all(&folder).unwrap();
