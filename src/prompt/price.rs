@@ -9,6 +9,8 @@
 //! r <- r + 0.05 (clamp(bytes / tokens, 1, 16) - r)        r starts at 4
 //! ```
 
+use super::BLOCK_BYTES;
+
 /// Where `r` starts: English text under current vocabularies.
 const START: f64 = 4.0;
 /// Weight of one sample: twenty requests move `r` most of the way to a new model.
@@ -42,6 +44,11 @@ impl BytesPerToken {
     /// Bytes per token, 1.0 to 16.0.
     pub const fn ratio(&self) -> f64 {
         self.ratio
+    }
+
+    /// The tokens that one whole block of a prompt stands for.
+    pub fn block_tokens(&self) -> f64 {
+        BLOCK_BYTES as f64 / self.ratio
     }
 
     /// The estimated tokens of `bytes` bytes of prompt, rounded up, at least 1.

@@ -8,7 +8,7 @@ use pingora::http::ResponseHeader;
 use tokio::sync::Notify;
 
 use super::body::Body;
-use super::tap::{Held, Tap};
+use super::tap::Tap;
 use crate::balance::retry::Failure;
 use crate::clock::Time;
 use crate::policy::Slot;
@@ -117,7 +117,7 @@ pub(super) struct Attempt {
     pub(super) status: u16,
     pub(super) tap: Tap,
     /// A stream's header and first bytes, until its first event has been looked at.
-    pub(super) held: Option<(Box<ResponseHeader>, Held)>,
+    pub(super) held: Option<(Box<ResponseHeader>, Vec<u8>)>,
     pub(super) last_read: Option<Time>,
 }
 

@@ -53,7 +53,10 @@ pub use context::{Context, InFlight};
 use peer::ConnectionUses;
 use reply::{REQUEST_ID, Refusal};
 use route::Routes;
-use tap::{Held, Opening, Tap};
+use tap::{Opening, Tap};
+
+/// More than this without an end is no event that anybody would wait for.
+const HELD_LIMIT: usize = 64 * 1024;
 
 /// What keeps Pingora's timer for a single read from ringing before ours for the whole body.
 const READ_MARGIN: Duration = Duration::from_secs(5);
@@ -285,7 +288,7 @@ impl ProxyHttp for Proxy {
                 real.insert_header(header::TRANSFER_ENCODING, "chunked")?;
                 real.set_version(http::Version::HTTP_11);
             }
-            attempt.held = Some((Box::new(real), Held::new()));
+            attempt.held = Some((Box::new(real), Vec::new()));
         } else {
             let good = attempt.status < 500 && attempt.status != 429;
             self.commit(ctx, good);
@@ -322,19 +325,20 @@ impl ProxyHttp for Proxy {
             }
         }
         if let Some((header, mut held)) = attempt.held.take() {
-            let opening = held.push(body.take().as_deref().unwrap_or(&[]));
+            held.extend_from_slice(body.take().as_deref().unwrap_or(&[]));
+            let opening = attempt.tap.opening();
             if let Opening::Error(code) = opening {
                 let failure = Failure::StreamError(code);
                 if self.judge(ctx, failure, None) {
                     return verdict::end_attempt(failure);
                 }
-            } else if opening == Opening::Nothing && !end_of_stream {
+            } else if opening == Opening::Nothing && !end_of_stream && held.len() <= HELD_LIMIT {
                 attempt.held = Some((header, held));
                 return Ok(None);
             }
             self.commit(ctx, !matches!(opening, Opening::Error(_)));
             write_header_now(session, header)?;
-            *body = held.take();
+            *body = (!held.is_empty()).then(|| Bytes::from(held));
         }
         Ok(None)
     }

@@ -5,8 +5,6 @@
 //! costs a copy of its last bytes, and the rest is read from that tail when the answer has ended. Nothing is
 //! ever held back or changed here.
 
-use bytes::Bytes;
-
 use crate::prompt::{Kind, Sse, StreamError, Usage};
 
 /// Bytes of the end of an answer that are kept: enough for a final `usage`, whatever follows it.
@@ -18,6 +16,8 @@ pub(super) struct Tap {
     events: Option<Sse>,
     is_stream: bool,
     answered: bool,
+    /// What the stream has begun with.
+    opening: Opening,
     /// From an event before the content, as Anthropic's `message_start`.
     early_usage: Option<Usage>,
     error: Option<StreamError>,
@@ -25,7 +25,7 @@ pub(super) struct Tap {
 }
 
 /// What a stream has begun with.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Opening {
     /// No event is complete yet.
     Nothing,
@@ -35,6 +35,17 @@ pub(super) enum Opening {
     Error(Option<u16>),
 }
 
+impl Opening {
+    /// What a stream begins with whose first event is this error, or none.
+    fn with(error: Option<&StreamError>) -> Self {
+        match error {
+            // A mistake of the client's is an answer like any other.
+            Some(StreamError { code: Some(400..=428 | 430..=499), .. }) | None => Self::Event,
+            Some(error) => Self::Error(error.code),
+        }
+    }
+}
+
 impl Tap {
     /// A tap on an answer, which is an event stream or not.
     pub(super) fn new(is_stream: bool) -> Self {
@@ -42,6 +53,7 @@ impl Tap {
             events: is_stream.then(Sse::new),
             is_stream,
             answered: false,
+            opening: Opening::Nothing,
             early_usage: None,
             error: None,
             tail: Vec::new(),
@@ -51,6 +63,11 @@ impl Tap {
     /// Whether the answer is an event stream.
     pub(super) fn is_stream(&self) -> bool {
         self.is_stream
+    }
+
+    /// What the stream has begun with, as far as it has been read.
+    pub(super) fn opening(&self) -> Opening {
+        self.opening
     }
 
     /// Takes in a read; true if it held the first content of the answer.
@@ -63,11 +80,19 @@ impl Tap {
             None => true,
             Some(events) => {
                 let (mut content, mut usage, mut error) = (false, None, None);
-                events.push(chunk, &mut |event| match event.kind() {
-                    Kind::Content => content = true,
-                    Kind::Error => error = event.error(),
-                    Kind::Other | Kind::Usage | Kind::Done => usage = Usage::from_tail(event.data).or(usage),
-                    Kind::Comment => {}
+                let opening = &mut self.opening;
+                events.push(chunk, &mut |event| {
+                    match event.kind() {
+                        Kind::Content => content = true,
+                        Kind::Error => error = event.error(),
+                        Kind::Other | Kind::Usage | Kind::Done => {
+                            usage = Usage::from_tail(event.data).or(usage);
+                        }
+                        Kind::Comment => {}
+                    }
+                    if *opening == Opening::Nothing {
+                        *opening = Opening::with(error.as_ref());
+                    }
                 });
                 self.early_usage = usage.or(self.early_usage);
                 self.error = error.or_else(|| self.error.take());
@@ -122,42 +147,6 @@ impl Tap {
     }
 }
 
-/// The beginning of a stream, held back until its first event is whole.
-pub(super) struct Held {
-    bytes: Vec<u8>,
-    events: Sse,
-}
-
-impl Held {
-    /// More than this is no event that anybody would wait for.
-    const LIMIT: usize = 64 * 1024;
-
-    pub(super) fn new() -> Self {
-        Self { bytes: Vec::new(), events: Sse::new() }
-    }
-
-    /// Takes in a read; what the stream has begun with.
-    pub(super) fn push(&mut self, chunk: &[u8]) -> Opening {
-        self.bytes.extend_from_slice(chunk);
-        let mut opening = Opening::Nothing;
-        self.events.push(chunk, &mut |event| {
-            if opening == Opening::Nothing {
-                opening = match event.error() {
-                    // A mistake of the client's is an answer like any other.
-                    Some(StreamError { code: Some(400..=428 | 430..=499), .. }) | None => Opening::Event,
-                    Some(error) => Opening::Error(error.code),
-                };
-            }
-        });
-        if opening == Opening::Nothing && self.bytes.len() > Self::LIMIT { Opening::Event } else { opening }
-    }
-
-    /// Everything that was held back.
-    pub(super) fn take(self) -> Option<Bytes> {
-        (!self.bytes.is_empty()).then(|| Bytes::from(self.bytes))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,14 +183,23 @@ mod tests {
 
     #[test]
     fn an_opening_is_told_only_once_its_event_is_whole() {
-        let mut held = Held::new();
-        assert_eq!(held.push(&ERROR.as_bytes()[..20]), Opening::Nothing);
-        assert_eq!(held.push(&ERROR.as_bytes()[20..]), Opening::Error(Some(500)));
-        assert_eq!(held.take().unwrap(), ERROR.as_bytes());
-        assert_eq!(Held::new().push(ROLE.as_bytes()), Opening::Event);
-        assert_eq!(Held::new().push(b": ping\n\n"), Opening::Event);
+        let mut tap = Tap::new(true);
+        tap.read(&ERROR.as_bytes()[..20]);
+        assert_eq!(tap.opening(), Opening::Nothing);
+        tap.read(&ERROR.as_bytes()[20..]);
+        assert_eq!(tap.opening(), Opening::Error(Some(500)));
+        tap.read(TOKEN.as_bytes());
+        assert_eq!(tap.opening(), Opening::Error(Some(500)));
+        let opening = |bytes: &[u8]| {
+            let mut tap = Tap::new(true);
+            tap.read(bytes);
+            tap.opening()
+        };
+        assert_eq!(opening(ROLE.as_bytes()), Opening::Event);
+        assert_eq!(opening([TOKEN, ERROR].concat().as_bytes()), Opening::Event);
+        assert_eq!(opening(b": ping\n\n"), Opening::Event);
         let mistake = b"data: {\"error\":{\"message\":\"too long\",\"code\":400}}\n\n";
-        assert_eq!(Held::new().push(mistake), Opening::Event);
+        assert_eq!(opening(mistake), Opening::Event);
     }
 
     #[test]

@@ -37,7 +37,7 @@ use crate::clock::{Clock, Time};
 use crate::config;
 use crate::observe::metrics::{BackendMetrics, Metrics, UpstreamMetrics};
 use crate::policy::{Request, Slot};
-use crate::prompt::{BLOCK_BYTES, BytesPerToken, Digest};
+use crate::prompt::{BytesPerToken, Digest};
 use queue::Queue;
 use selector::{Key, Selector};
 
@@ -192,7 +192,7 @@ impl Upstream {
         Request {
             prompt_tokens: price.tokens(digest.prompt_bytes),
             blocks: &digest.blocks,
-            block_tokens: BLOCK_BYTES as f64 / price.ratio(),
+            block_tokens: price.block_tokens(),
             session: session.or(digest.session),
         }
     }

@@ -12,7 +12,7 @@ use pingora::server::ShutdownWatch;
 use super::client::Client;
 use super::{Live, Upstream};
 use crate::engine;
-use crate::prompt::{BLOCK_BYTES, BytesPerToken};
+use crate::prompt::BytesPerToken;
 
 /// How often a backend is asked for its models once they are known, and before.
 const MODELS_INTERVAL: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ async fn metrics(upstream: &Upstream, client: &Client, live: &Live) {
                 let reading = engine::read(engine, &String::from_utf8_lossy(&body));
                 let shared = &upstream.shared;
                 // The engine's own tokens, so the ratio of an unknown model is as good as any.
-                let block_tokens = BLOCK_BYTES as f64 / BytesPerToken::default().ratio();
+                let block_tokens = BytesPerToken::default().block_tokens();
                 shared.balancer.lock().observe_reading(
                     &live.address,
                     reading,
