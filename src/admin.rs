@@ -94,6 +94,7 @@ fn backend(state: &State) -> Value {
         "weight": state.weight,
         "healthy": state.healthy,
         "ejected": state.ejected,
+        "strained": state.strained,
         "cooling": state.cooling,
         "pending_tokens": state.account.pending_tokens,
         "active_requests": state.account.active_requests,

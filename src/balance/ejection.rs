@@ -48,6 +48,11 @@ impl Record {
         now < self.ejected_until
     }
 
+    /// When its last ejection ended, if it has.
+    pub fn returned(&self, now: Time) -> Option<Time> {
+        (self.ejected_until > Time::ZERO && !self.ejected(now)).then_some(self.ejected_until)
+    }
+
     /// Whether the backend asked to be left alone at `now`.
     pub fn cooling(&self, now: Time) -> bool {
         now < self.cooling_until

@@ -1,9 +1,9 @@
 //! The state of one upstream and every decision about it.
 //!
 //! [`Balancer`] is the heart of the product, without I/O, clock or global randomness: it knows the backends,
-//! what each owes ([`ledger`]), what each has probably cached ([`index`]), who is down, ejected or cooling
-//! ([`ejection`]), and asks the [`crate::policy`] for the rest. The proxy and the simulator drive the same
-//! object.
+//! what each owes ([`ledger`]), what each has probably cached ([`index`]), what its engine last said
+//! ([`gauge`]), who is down, ejected or cooling ([`ejection`]), and asks the [`crate::policy`] for the rest.
+//! The proxy and the simulator drive the same object.
 //!
 //! ```text
 //! pick ──> Pick { charge, reason }   rank and charge in one step: no two requests see the same idle backend
@@ -13,10 +13,12 @@
 //! ```
 
 pub mod ejection;
+pub mod gauge;
 pub mod index;
 pub mod ledger;
 pub mod retry;
 pub mod share;
+pub mod slow_start;
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -26,6 +28,7 @@ use crate::clock::Time;
 use crate::engine::Reading;
 use crate::policy::{Candidate, Member, Policy, Reason, Request, Slot};
 use ejection::Record;
+use gauge::Gauge;
 use index::PrefixIndex;
 use ledger::{Account, Charge, Ledger};
 use retry::Fault;
@@ -38,6 +41,8 @@ pub struct Settings {
     pub ejection: ejection::Rule,
     /// Requests in flight that a backend may have; `None` is no limit.
     pub max_requests: Option<u32>,
+    /// How long a backend that joins or returns takes to reach its weight.
+    pub slow_start: Duration,
 }
 
 /// Where a request goes.
@@ -71,6 +76,16 @@ pub enum Tier {
     Any,
 }
 
+/// Weight of one request in the mean of uncached tokens.
+const MEAN_WEIGHT: f64 = 0.05;
+
+/// One of at least so many backends is crowded if it had more than this share of the last ten seconds' requests
+/// and has so many in flight, while another has less than half as many (research/routing.md s.7.2). Below that
+/// a single client's session looks the same, and should stay where it is.
+const CROWD_MEMBERS: usize = 3;
+const CROWD_SHARE: f64 = 0.8;
+const CROWD_REQUESTS: u32 = 8;
+
 /// One backend, as an observer sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct State {
@@ -84,6 +99,8 @@ pub struct State {
     pub ejected: bool,
     /// Asked to be left alone.
     pub cooling: bool,
+    /// Its engine is out of KV memory and has a queue, says a fresh reading: others go first.
+    pub strained: bool,
     /// What it owes.
     pub account: Account,
     /// Part of the requests of the last ten seconds, 0 to 1.
@@ -99,7 +116,9 @@ pub struct State {
 struct Backend {
     healthy: bool,
     record: Record,
-    reading: Option<(Reading, Time)>,
+    gauge: Option<Gauge>,
+    /// When it joined or came back up, if it was not there from the start.
+    since: Option<Time>,
 }
 
 /// The balancer of one upstream.
@@ -112,6 +131,8 @@ pub struct Balancer {
     /// By slot, like the accounts.
     backends: Vec<Backend>,
     share: Share,
+    /// Uncached tokens of a request of ours, on average: what one of somebody else's is taken to cost.
+    mean_uncached_tokens: Option<f64>,
     rng: fastrand::Rng,
     // Scratch space of `pick`, kept to spare the allocations.
     matched: Vec<u32>,
@@ -129,6 +150,7 @@ impl Balancer {
             index: PrefixIndex::default(),
             backends: Vec::new(),
             share: Share::default(),
+            mean_uncached_tokens: None,
             rng: fastrand::Rng::with_seed(seed),
             matched: Vec::new(),
             candidates: Vec::new(),
@@ -136,13 +158,16 @@ impl Balancer {
     }
 
     /// Sets which backends there are, with their weights. Those known before keep their state; new ones start
-    /// healthy.
-    pub fn set_members(&mut self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
-        self.members.clear();
+    /// healthy, and slowly if they join others.
+    pub fn set_members(&mut self, members: impl IntoIterator<Item = (SocketAddr, u32)>, now: Time) {
+        let before = std::mem::take(&mut self.members);
         for (address, weight) in members {
             let slot = self.ledger.open(address);
             while self.backends.len() <= slot.0 as usize {
                 self.backends.push(Backend { healthy: true, ..Backend::default() });
+            }
+            if !before.is_empty() && before.iter().all(|member| member.slot != slot) {
+                self.backends[slot.0 as usize].since = Some(now);
             }
             self.members.push(Member { slot, address, weight });
         }
@@ -160,18 +185,29 @@ impl Balancer {
         }
         let tier = self.tier(tried, now)?;
         self.gather(request, tried, tier, now);
-        let choice = self.policy.choose(request, &self.candidates, &mut self.rng);
-        let chosen = self.candidates[choice.index];
-        if self.policy.uses_prefix_index() {
-            self.index.insert(chosen.slot.0 as usize, request.blocks);
+        let spread = self.policy.uses_prefix_index() && self.is_lopsided(now);
+        if spread {
+            self.candidates.iter_mut().for_each(|c| c.uncached_tokens = request.prompt_tokens.max(1));
         }
-        self.share.count(chosen.slot, now);
-        let address = self.members.iter().find(|m| m.slot == chosen.slot).map(|m| m.address);
+        let choice = self.policy.choose(request, &self.candidates, &mut self.rng);
+        let slot = self.candidates[choice.index].slot;
+        if self.policy.uses_prefix_index() {
+            self.index.insert(slot.0 as usize, request.blocks);
+        }
+        self.share.count(slot, now);
+        let uncached_tokens = self.uncached_tokens(request, slot);
+        let mean = self.mean_uncached_tokens.get_or_insert(uncached_tokens as f64);
+        *mean += MEAN_WEIGHT * (uncached_tokens as f64 - *mean);
+        let address = self.members.iter().find(|m| m.slot == slot).map(|m| m.address);
         Ok(Pick {
             address: address.ok_or(NoPick::Exhausted)?,
-            charge: self.ledger.charge(chosen.slot, request.prompt_tokens, chosen.uncached_tokens),
-            reason: if tier == Tier::Any { Reason::LastResort } else { choice.reason },
-            matched_tokens: request.prompt_tokens.saturating_sub(chosen.uncached_tokens),
+            charge: self.ledger.charge(slot, request.prompt_tokens, uncached_tokens),
+            reason: match tier {
+                Tier::Any => Reason::LastResort,
+                Tier::Available if spread => Reason::Spread,
+                Tier::Available => choice.reason,
+            },
+            matched_tokens: request.prompt_tokens.saturating_sub(uncached_tokens),
         })
     }
 
@@ -215,30 +251,49 @@ impl Balancer {
     }
 
     /// The probes' verdict on the backend at `address` has changed. One that went down has lost its cache, as
-    /// far as we know.
-    pub fn observe_health(&mut self, address: &SocketAddr, healthy: bool) {
+    /// far as we know; one that comes up starts slowly.
+    pub fn observe_health(&mut self, address: &SocketAddr, healthy: bool, now: Time) {
         let Some(slot) = self.ledger.slot(address) else { return };
-        self.backends[slot.0 as usize].healthy = healthy;
+        let backend = &mut self.backends[slot.0 as usize];
+        if healthy && !backend.healthy {
+            backend.since = Some(now);
+        }
+        backend.healthy = healthy;
         if !healthy {
             self.index.clear(slot.0 as usize);
         }
     }
 
-    /// New readings of the engine at `address`. A restart clears what we think it has cached; its cache size
-    /// bounds that.
-    pub fn observe_reading(&mut self, address: &SocketAddr, reading: Reading, block_tokens: f64, now: Time) {
+    /// What the backend at `address` owes at this moment: to be read before its engine is asked for a reading.
+    pub fn account(&self, address: &SocketAddr) -> Account {
+        self.ledger.slot(address).map_or_else(Account::default, |slot| *self.ledger.account(slot))
+    }
+
+    /// New readings of the engine at `address`, which owed `before` when it was asked for them. A restart
+    /// clears what we think it has cached; its cache size bounds that.
+    pub fn observe_reading(
+        &mut self,
+        address: &SocketAddr,
+        reading: Reading,
+        before: &Account,
+        block_tokens: f64,
+        now: Time,
+    ) {
         let Some(slot) = self.ledger.slot(address) else { return };
         // An answer without a single metric is none of the engine's.
         if reading == Reading::default() {
             return;
         }
         let index = slot.0 as usize;
-        let before = self.backends[index].reading.replace((reading, now));
-        let started = before.and_then(|(before, _)| before.process_start);
+        let last = self.backends[index].gauge;
+        let gauge = Gauge::new(reading, before, self.ledger.account(slot), now, last.as_ref());
+        self.backends[index].gauge = Some(gauge);
+        let started = last.and_then(|last| last.reading.process_start);
         if let (Some(before), Some(after)) = (started, reading.process_start)
             && before != after
         {
             self.index.clear(index);
+            self.backends[index].since = Some(now);
         }
         let capacity =
             reading.kv_capacity_tokens.and_then(|t| NonZeroUsize::new((t as f64 / block_tokens) as usize));
@@ -280,10 +335,11 @@ impl Balancer {
                 healthy: backend.healthy,
                 ejected: backend.record.ejected(now),
                 cooling: backend.record.cooling(now),
+                strained: backend.is_strained(now),
                 account: *self.ledger.account(member.slot),
                 share: f64::from(self.share.of(member.slot)) / requests,
                 prefix_blocks: self.index.held(member.slot.0 as usize),
-                reading: backend.reading.map(|(reading, at)| (reading, now.since(at))),
+                reading: backend.gauge.map(|gauge| (gauge.reading, now.since(gauge.at))),
             });
         }
         states
@@ -297,27 +353,62 @@ impl Balancer {
         self.settings.max_requests.is_none_or(|max| self.ledger.account(slot).active_requests < max)
     }
 
-    /// Fills `candidates` with the untried members of the tier that have room.
+    /// Fills `candidates` with the untried members of the tier that have room, but for those whose engines are
+    /// strained, unless there is nobody else.
     fn gather(&mut self, request: &Request<'_>, tried: &[Slot], tier: Tier, now: Time) {
-        self.candidates.clear();
-        for member in &self.members {
-            let slot = member.slot;
-            if tried.contains(&slot) || !self.admits(tier, slot, now) || !self.has_room(slot) {
-                continue;
+        for strained_too in [false, true] {
+            self.candidates.clear();
+            for member in &self.members {
+                let slot = member.slot;
+                if !tried.contains(&slot)
+                    && self.admits(tier, slot, now)
+                    && self.has_room(slot)
+                    && (strained_too || !self.backends[slot.0 as usize].is_strained(now))
+                {
+                    self.candidates.push(self.candidate(member, request, now));
+                }
             }
-            let account = self.ledger.account(slot);
-            let matched = self.matched.get(slot.0 as usize).map_or(0.0, |blocks| f64::from(*blocks));
-            let matched_tokens = (matched * request.block_tokens) as u64;
-            self.candidates.push(Candidate {
-                slot,
-                weight: f64::from(member.weight),
-                pending_tokens: account.pending_tokens,
-                active_requests: account.active_requests,
-                unanswered_requests: account.unanswered_requests,
-                context_tokens: account.context_tokens,
-                uncached_tokens: request.prompt_tokens.saturating_sub(matched_tokens).max(1),
-            });
+            if !self.candidates.is_empty() {
+                return;
+            }
         }
+    }
+
+    fn candidate(&self, member: &Member, request: &Request<'_>, now: Time) -> Candidate {
+        let backend = &self.backends[member.slot.0 as usize];
+        let account = self.ledger.account(member.slot);
+        let others = backend.gauge.map(|gauge| gauge.others(now)).unwrap_or_default();
+        let mean = self.mean_uncached_tokens.unwrap_or(0.0);
+        let part =
+            backend.came_back(now).map_or(1.0, |at| slow_start::part(at, self.settings.slow_start, now));
+        Candidate {
+            slot: member.slot,
+            weight: f64::from(member.weight) * part,
+            pending_tokens: account.pending_tokens + (others.waiting * mean) as u64,
+            active_requests: account.active_requests + others.requests.round() as u32,
+            unanswered_requests: account.unanswered_requests + others.waiting.round() as u32,
+            context_tokens: account.context_tokens + (others.requests * mean) as u64,
+            uncached_tokens: self.uncached_tokens(request, member.slot),
+        }
+    }
+
+    /// u: what of the prompt the backend has not cached; at least 1.
+    fn uncached_tokens(&self, request: &Request<'_>, slot: Slot) -> u64 {
+        let matched = self.matched.get(slot.0 as usize).map_or(0.0, |blocks| f64::from(*blocks));
+        request.prompt_tokens.saturating_sub((matched * request.block_tokens) as u64).max(1)
+    }
+
+    /// Whether one backend had nearly all of the traffic lately and is busy, while another is not.
+    fn is_lopsided(&mut self, now: Time) -> bool {
+        let total = self.share.total(now);
+        let available = || self.members.iter().filter(|m| self.backends[m.slot.0 as usize].available(now));
+        let active = |m: &Member| self.ledger.account(m.slot).active_requests;
+        let crowd = available().find(|m| {
+            f64::from(self.share.of(m.slot)) > CROWD_SHARE * f64::from(total) && active(m) >= CROWD_REQUESTS
+        });
+        crowd.is_some_and(|crowd| {
+            available().count() >= CROWD_MEMBERS && available().any(|m| active(m) < active(crowd) / 2)
+        })
     }
 }
 
@@ -325,153 +416,16 @@ impl Backend {
     fn available(&self, now: Time) -> bool {
         self.healthy && !self.record.ejected(now) && !self.record.cooling(now)
     }
+
+    fn is_strained(&self, now: Time) -> bool {
+        self.gauge.is_some_and(|gauge| gauge.is_strained(now))
+    }
+
+    /// When it last came into rotation, if it was not there from the start.
+    fn came_back(&self, now: Time) -> Option<Time> {
+        self.since.max(self.record.returned(now))
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::policy::PolicyConfig;
-
-    const SETTINGS: Settings = Settings {
-        ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
-        max_requests: None,
-    };
-
-    fn address(n: u8) -> SocketAddr {
-        SocketAddr::from(([10, 0, 0, n], 8000))
-    }
-
-    fn balancer(backends: u8, settings: Settings) -> Balancer {
-        let mut balancer = Balancer::new(settings, PolicyConfig::default().build(), 1);
-        balancer.set_members((0..backends).map(|n| (address(n), 1)));
-        balancer
-    }
-
-    fn request(blocks: &[u64]) -> Request<'_> {
-        Request { prompt_tokens: 1_000, blocks, block_tokens: 128.0, session: None }
-    }
-
-    fn slot(balancer: &Balancer, n: u8) -> Slot {
-        balancer.ledger.slot(&address(n)).unwrap()
-    }
-
-    #[test]
-    fn a_shared_prefix_lands_where_it_was_computed() {
-        let mut b = balancer(4, SETTINGS);
-        let blocks: Vec<u64> = (1..=7).collect();
-        let first = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
-        assert_eq!((first.matched_tokens, first.charge.uncached_tokens()), (0, 1_000));
-        b.settle(first.charge);
-        let second = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
-        assert_eq!(
-            (second.address, second.reason, second.matched_tokens),
-            (first.address, Reason::Cache, 896)
-        );
-        b.settle(second.charge);
-        b.observe_health(&first.address, false);
-        b.observe_health(&first.address, true);
-        let third = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
-        assert_eq!(third.matched_tokens, 0, "a backend that was down has lost its cache");
-        b.settle(third.charge);
-    }
-
-    #[test]
-    fn a_burst_is_spread_because_each_pick_is_charged_at_once() {
-        let mut b = balancer(4, SETTINGS);
-        let picks: Vec<_> = (0..8).map(|_| b.pick(&request(&[]), &[], Time::ZERO).unwrap()).collect();
-        for n in 0..4 {
-            assert_eq!(picks.iter().filter(|p| p.address == address(n)).count(), 2);
-        }
-        for pick in picks {
-            b.settle(pick.charge);
-        }
-    }
-
-    #[test]
-    fn tried_down_ejected_and_cooling_backends_are_left_out_until_nothing_else_remains() {
-        let now = Time::ZERO + Duration::from_secs(1);
-        let mut b = balancer(4, SETTINGS);
-        b.observe_health(&address(0), false);
-        let ejected = slot(&b, 1);
-        assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now)));
-        let cooling = slot(&b, 2);
-        b.cool(cooling, Duration::from_secs(5), now);
-        for _ in 0..20 {
-            let pick = b.pick(&request(&[]), &[], now).unwrap();
-            assert_eq!((pick.address, pick.reason), (address(3), Reason::Only));
-            b.settle(pick.charge);
-        }
-        let mut tried = vec![slot(&b, 3)];
-        for _ in 0..3 {
-            let pick = b.pick(&request(&[]), &tried, now).unwrap();
-            assert_eq!(pick.reason, Reason::LastResort);
-            assert!(!tried.contains(&pick.charge.slot()));
-            tried.push(pick.charge.slot());
-            b.settle(pick.charge);
-        }
-        assert_eq!(b.pick(&request(&[]), &tried, now).unwrap_err(), NoPick::Exhausted);
-    }
-
-    #[test]
-    fn a_full_fleet_says_so_and_takes_requests_again_after_a_settlement() {
-        let mut b = balancer(2, Settings { max_requests: Some(1), ..SETTINGS });
-        assert_eq!(b.tier(&[], Time::ZERO), Ok(Tier::Available));
-        let one = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
-        let two = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
-        assert_eq!(b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(), NoPick::Full);
-        assert_eq!(b.tier(&[], Time::ZERO), Err(NoPick::Full));
-        b.observe_health(&one.address, false);
-        assert_eq!(
-            b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(),
-            NoPick::Full,
-            "one is full, one is down"
-        );
-        b.observe_health(&one.address, true);
-        b.settle(one.charge);
-        let three = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
-        assert_eq!(three.address, one.address);
-        b.settle(two.charge);
-        b.settle(three.charge);
-    }
-
-    #[test]
-    fn suspected_faults_never_eject_more_than_the_limit() {
-        let mut b = balancer(8, SETTINGS);
-        let mut ejected = 0;
-        for n in 0..8 {
-            let slot = slot(&b, n);
-            ejected += (0..10).filter(|_| b.fail(slot, Fault::Suspect, true, Time::ZERO)).count();
-        }
-        assert_eq!(ejected, 2);
-    }
-
-    #[test]
-    fn a_restart_of_the_engine_clears_its_prefixes_and_its_cache_size_bounds_them() {
-        let mut b = balancer(1, SETTINGS);
-        let blocks: Vec<u64> = (1..=50).collect();
-        let reading =
-            Reading { process_start: Some(1.0), kv_capacity_tokens: Some(1_280), ..Reading::default() };
-        b.observe_reading(&address(0), reading, 128.0, Time::ZERO);
-        let pick = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
-        b.settle(pick.charge);
-        assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10);
-        for silent in [Reading::default(), Reading { process_start: None, ..reading }, reading] {
-            b.observe_reading(&address(0), silent, 128.0, Time::ZERO);
-            assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10, "{silent:?} is no restart");
-        }
-        b.observe_reading(&address(0), Reading { process_start: Some(2.0), ..reading }, 128.0, Time::ZERO);
-        assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 0);
-    }
-
-    #[test]
-    fn counters_survive_a_change_of_members_and_weights() {
-        let mut b = balancer(2, SETTINGS);
-        let pick = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
-        b.set_members([(address(5), 1)]);
-        b.set_members([(pick.address, 7), (address(5), 1)]);
-        let states = b.states(Time::ZERO);
-        assert_eq!((states[0].weight, states[0].account.active_requests), (7, 1));
-        b.settle(pick.charge);
-        assert!(b.states(Time::ZERO).iter().all(|s| s.account == Account::default()));
-    }
-}
+mod tests;

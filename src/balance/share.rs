@@ -14,6 +14,9 @@ const BUCKETS: usize = 10;
 pub struct Share {
     /// By second modulo ten, then by slot.
     buckets: [Vec<u32>; BUCKETS],
+    /// The sum of the buckets, by slot.
+    sums: Vec<u32>,
+    total: u32,
     second: u64,
 }
 
@@ -23,27 +26,34 @@ impl Share {
         self.advance(now);
         let bucket = &mut self.buckets[(self.second % BUCKETS as u64) as usize];
         let index = slot.0 as usize;
-        if bucket.len() <= index {
-            bucket.resize(index + 1, 0);
+        for counts in [bucket, &mut self.sums] {
+            if counts.len() <= index {
+                counts.resize(index + 1, 0);
+            }
+            counts[index] += 1;
         }
-        bucket[index] += 1;
+        self.total += 1;
     }
 
     /// The requests of the last ten seconds.
     pub fn total(&mut self, now: Time) -> u32 {
         self.advance(now);
-        self.buckets.iter().flatten().sum()
+        self.total
     }
 
     /// Those of them that `slot` got, as of the last call of [`Share::total`].
     pub fn of(&self, slot: Slot) -> u32 {
-        self.buckets.iter().filter_map(|b| b.get(slot.0 as usize)).sum()
+        self.sums.get(slot.0 as usize).copied().unwrap_or(0)
     }
 
     fn advance(&mut self, now: Time) {
         let second = now.since(Time::ZERO).as_secs();
         for passed in (self.second + 1..=second).rev().take(BUCKETS) {
-            self.buckets[(passed % BUCKETS as u64) as usize].clear();
+            let bucket = &mut self.buckets[(passed % BUCKETS as u64) as usize];
+            for (sum, count) in self.sums.iter_mut().zip(bucket.drain(..)) {
+                *sum -= count;
+                self.total -= count;
+            }
         }
         self.second = self.second.max(second);
     }

@@ -84,6 +84,12 @@ pub(super) fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Polic
     deserializer.deserialize_any(NameOrMap)
 }
 
+/// A duration, or `off` for none at all, which reads as zero.
+pub(super) fn duration_or_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let parse = |text: &str| if text == "off" { Some(Duration::ZERO) } else { parse_duration(text) };
+    deserializer.deserialize_any(Text { expected: "a duration such as `30s`, or `off`", parse })
+}
+
 /// What a duration looks like.
 pub(super) const DURATION: &str = "a duration such as `30s` or `250ms`";
 const SIZE: &str = "a size such as `64KiB` or `32MiB`";

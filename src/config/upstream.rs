@@ -50,6 +50,10 @@ pub struct Upstream {
     /// How long failures are remembered, and how long an ejected backend gets no requests. Default 30s.
     #[serde(deserialize_with = "units::duration")]
     pub fail_timeout: Duration,
+    /// How long a backend that joins or comes back takes to reach its weight, from a tenth of it; `off` for at
+    /// once. Default 10s. It does not apply when the whole fleet starts.
+    #[serde(deserialize_with = "units::duration_or_off")]
+    pub slow_start: Duration,
     /// Requests in flight per backend, 1 to 1000000; beyond it they queue. Absent: no limit.
     #[serde(deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
     pub max_requests: Option<u32>,
@@ -77,6 +81,7 @@ impl Default for Upstream {
             retry: Retry::default(),
             max_fails: 3,
             fail_timeout: Duration::from_secs(30),
+            slow_start: Duration::from_secs(10),
             max_requests: None,
             queue: Queue::default(),
             probe: Some(Probe::default()),

@@ -111,6 +111,8 @@ pub enum Reason {
     Home,
     /// The place on the ring was full; a later one took it.
     Overflow,
+    /// One backend had most of the traffic while others were idle, so nobody was credited with a cache.
+    Spread,
     /// Nothing healthy was left, so an ejected or unhealthy backend was tried.
     LastResort,
 }
@@ -126,12 +128,13 @@ impl Reason {
             Self::Draw => "draw",
             Self::Home => "home",
             Self::Overflow => "overflow",
+            Self::Spread => "spread",
             Self::LastResort => "last_resort",
         }
     }
 
     /// Every label there is, so that metrics can start at zero.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Only,
         Self::Cache,
         Self::Load,
@@ -139,6 +142,7 @@ impl Reason {
         Self::Draw,
         Self::Home,
         Self::Overflow,
+        Self::Spread,
         Self::LastResort,
     ];
 }

@@ -1,32 +1,26 @@
-//! A fleet in virtual time: a trace, the production [`Balancer`], and as many [`Replica`]s as one likes.
+//! A fleet in virtual time: a trace, whoever dispatches it, and as many [`Replica`]s as one likes.
 //!
-//! Nothing is decided here. A request is picked, answered and settled by the calls that the proxy makes, at
-//! the moments at which it makes them: picked and charged on arrival, answered at the first token, settled
-//! after the last. So what a replay says of a policy, it says of the code that production runs.
+//! Nothing is decided here. A [`Dispatcher`] is asked where each request goes, at the moment of its arrival,
+//! and is told what becomes of it at the moments at which a proxy would know: at the first token, after the
+//! last, and when a metrics page of an engine is written and read. The product's is [`super::proxies`].
 //!
 //! ```text
-//! the next event = the earliest end of a step, or else the next arrival / speed-up
+//! the next event = the earliest end of a step, metrics page or arrival of a page, or else the next arrival / speed-up
 //! ```
 //!
 //! Simplifications beside those of the replica: the length of a prompt is known, not estimated from its
-//! bytes; the network takes no time; nothing fails, so nobody is retried, ejected or queued for. The engines'
-//! cache and the prefix index count in the trace's blocks, which are all that is known of sharing, and the
-//! index knows the size of the caches, as it does from the first scrape on.
+//! bytes; requests and tokens take no time on the network; nothing fails. Prompts share what the trace's
+//! blocks say they share, and no more is known to anybody.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use super::hardware::Hardware;
-use super::replica::{Emission, Job, Kind, Replica};
+use super::replica::{Emission, Job, Kind, Replica, Stats};
 use super::report::{Figures, Slo, Timing};
 use super::trace::{self, Trace};
-use crate::balance::ledger::Charge;
-use crate::balance::{Balancer, Settings, ejection};
 use crate::clock::Time;
-use crate::engine::Reading;
-use crate::policy::{PolicyConfig, Request};
 
 /// What is replayed, and on what.
 #[derive(Clone, Debug)]
@@ -39,33 +33,88 @@ pub struct Scenario<'a> {
     pub hardware: Hardware,
     /// How fast each replica is, as a part of `hardware`; above 0, one per replica.
     pub speeds: &'a [f64],
-    /// Who chooses.
-    pub policy: &'a PolicyConfig,
-    /// Seed of the policy's draws and ties.
-    pub seed: u64,
+    /// How the engines' metrics are read; `None` if they are not.
+    pub scrape: Option<Scrape>,
     /// What makes a request good.
     pub slo: Slo,
 }
 
+/// How the engines' metrics are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scrape {
+    /// How often each page is written, above 0. The engines take turns: each has its own phase.
+    pub interval: Duration,
+    /// How old a page is when it is read.
+    pub delay: Duration,
+}
+
+impl Default for Scrape {
+    /// What the proxy does unless told otherwise: every second, in no time.
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(1), delay: Duration::ZERO }
+    }
+}
+
+/// A request as it arrives.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'a> {
+    /// Its number in the trace, by which it is known later.
+    pub id: usize,
+    /// The request.
+    pub request: &'a trace::Request,
+    /// Tokens per block of the trace.
+    pub block_tokens: u64,
+    /// Now.
+    pub now: Time,
+}
+
+/// Who sends the requests of a trace to the replicas.
+pub trait Dispatcher {
+    /// Chooses a replica, by number; `None` refuses the request. What `replicas` know, only an oracle may look
+    /// at.
+    fn dispatch(&mut self, arrival: &Arrival<'_>, replicas: &[Replica]) -> Option<usize>;
+
+    /// The first token of a request has come.
+    fn answered(&mut self, id: usize, now: Time);
+
+    /// The last token of a request has come, or its replica has refused it.
+    fn finished(&mut self, id: usize, now: Time);
+
+    /// The metrics page of `replica` is being written.
+    fn sampled(&mut self, _replica: usize, _now: Time) {}
+
+    /// The metrics page of `replica` is read; pages come in the order in which they were written.
+    fn scraped(&mut self, _replica: usize, _stats: &Stats, _now: Time) {}
+}
+
 /// Replays the whole trace until its last answer, and calls `progress` with the number of requests sent so
 /// far, once for each.
-pub fn replay(scenario: &Scenario<'_>, mut progress: impl FnMut(usize)) -> Figures {
-    let mut fleet = Fleet::new(scenario);
-    for (index, request) in scenario.trace.requests.iter().enumerate() {
+pub fn replay(
+    scenario: &Scenario<'_>,
+    dispatcher: &mut dyn Dispatcher,
+    mut progress: impl FnMut(usize),
+) -> Figures {
+    let mut fleet = Fleet::new(scenario, dispatcher);
+    for (id, request) in scenario.trace.requests.iter().enumerate() {
         let now = Time::ZERO + request.at.div_f64(scenario.speedup);
         fleet.run_until(now);
-        fleet.arrive(index, request, now);
-        progress(index + 1);
+        fleet.arrive(id, request, now);
+        progress(id + 1);
     }
+    fleet.over = true;
     fleet.run_until(Time::from_nanos(u64::MAX));
     fleet.figures()
 }
 
-struct Fleet {
-    balancer: Balancer,
+struct Fleet<'a> {
+    dispatcher: &'a mut dyn Dispatcher,
     replicas: Vec<Replica>,
-    /// The ends of the steps in progress: one for each replica that is not idle.
-    calendar: BinaryHeap<Reverse<(Time, usize)>>,
+    calendar: BinaryHeap<Reverse<(Time, Event)>>,
+    scrape: Scrape,
+    /// Pages that were written and not yet read.
+    pages: VecDeque<Stats>,
+    /// No request will come any more, so metrics are of no use.
+    over: bool,
     /// By number in the trace, which is the id of the job too.
     flights: Vec<Flight>,
     /// Requests sent to each replica.
@@ -79,39 +128,43 @@ struct Fleet {
     emissions: Vec<Emission>,
 }
 
+/// What happens beside arrivals, each to the replica of that number. At the same moment, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// Its step ends.
+    StepEnds(usize),
+    /// Its metrics page is written.
+    PageWritten(usize),
+    /// The oldest page is read, which is its.
+    PageRead(usize),
+}
+
 /// A request on its way.
 struct Flight {
-    charge: Option<Charge>,
     arrived: Time,
     first_token: Duration,
     output_tokens: u64,
 }
 
-/// Nothing fails in virtual time, so when to eject does not matter.
-const SETTINGS: Settings = Settings {
-    ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
-    max_requests: None,
-};
-
-impl Fleet {
-    fn new(scenario: &Scenario<'_>) -> Self {
+impl<'a> Fleet<'a> {
+    fn new(scenario: &Scenario<'_>, dispatcher: &'a mut dyn Dispatcher) -> Self {
         let block_tokens = scenario.trace.block_tokens;
-        let mut balancer = Balancer::new(SETTINGS, scenario.policy.build(), scenario.seed);
-        let addresses: Vec<_> = (0..scenario.speeds.len()).map(address).collect();
-        balancer.set_members(addresses.iter().map(|address| (*address, 1)));
-        let capacity = Some(scenario.hardware.kv_tokens);
-        let reading = Reading { kv_capacity_tokens: capacity, ..Reading::default() };
-        for address in &addresses {
-            balancer.observe_reading(address, reading, block_tokens as f64, Time::ZERO);
-        }
         let replica =
             |speed: &f64| Replica::new(Hardware { block_tokens, ..scenario.hardware.at_speed(*speed) });
+        let count = scenario.speeds.len();
+        let first_page = |at: usize| {
+            let phase = scenario.scrape?.interval.mul_f64((at + 1) as f64 / count as f64);
+            Some(Reverse((Time::ZERO + phase, Event::PageWritten(at))))
+        };
         Self {
-            balancer,
+            dispatcher,
             replicas: scenario.speeds.iter().map(replica).collect(),
-            calendar: BinaryHeap::new(),
+            calendar: (0..count).filter_map(first_page).collect(),
+            scrape: scenario.scrape.unwrap_or_default(),
+            pages: VecDeque::new(),
+            over: false,
             flights: Vec::with_capacity(scenario.trace.requests.len()),
-            sent: vec![0; scenario.speeds.len()],
+            sent: vec![0; count],
             block_tokens,
             slo: scenario.slo,
             figures: Figures::default(),
@@ -120,80 +173,72 @@ impl Fleet {
         }
     }
 
-    /// A request arrives: it is picked, charged and submitted. `run_until(now)` has been called.
-    fn arrive(&mut self, index: usize, request: &trace::Request, now: Time) {
+    /// A request arrives: it is dispatched and submitted. `run_until(now)` has been called.
+    fn arrive(&mut self, id: usize, request: &trace::Request, now: Time) {
         self.figures.requests += 1;
-        let mut flight = Flight {
-            charge: None,
-            arrived: now,
-            first_token: Duration::ZERO,
-            output_tokens: request.output_tokens,
+        let output_tokens = request.output_tokens;
+        self.flights.push(Flight { arrived: now, first_token: Duration::ZERO, output_tokens });
+        let arrival = Arrival { id, request, block_tokens: self.block_tokens, now };
+        let Some(to) = self.dispatcher.dispatch(&arrival, &self.replicas) else {
+            self.figures.refused += 1;
+            return;
         };
-        let asked = Request {
-            prompt_tokens: request.prompt_tokens,
-            blocks: &request.blocks,
-            block_tokens: self.block_tokens as f64,
-            session: None,
-        };
-        // Only a fleet without replicas picks nothing.
-        if let Ok(pick) = self.balancer.pick(&asked, &[], now) {
-            let to = pick.charge.slot().0 as usize;
-            self.sent[to] += 1;
-            if self.submit(to, index, request, now) {
-                flight.charge = Some(pick.charge);
-            } else {
-                self.balancer.settle(pick.charge);
-                self.figures.refused += 1;
-            }
-        }
-        self.flights.push(flight);
-    }
-
-    /// Hands the request to replica `to`, unless it could never fit there.
-    fn submit(&mut self, to: usize, index: usize, request: &trace::Request, now: Time) -> bool {
-        let job = Job {
-            id: index as u64,
-            prompt_tokens: request.prompt_tokens,
-            blocks: request.blocks.clone(),
-            output_tokens: request.output_tokens,
-        };
+        self.sent[to] += 1;
         let replica = &mut self.replicas[to];
         let idle = replica.next_step().is_none();
-        let taken = replica.submit(now, job).is_ok();
-        if idle && let Some(end) = replica.next_step() {
-            self.calendar.push(Reverse((end, to)));
+        if replica.submit(now, job(&arrival)).is_err() {
+            self.dispatcher.finished(id, now);
+            self.figures.refused += 1;
         }
-        taken
+        if idle && let Some(end) = replica.next_step() {
+            self.calendar.push(Reverse((end, Event::StepEnds(to))));
+        }
     }
 
-    /// Ends every step that ends at or before `now`, in order of time; at the same moment, the first replica
-    /// first.
+    /// Lets happen what happens up to `now`, in order of time.
     fn run_until(&mut self, now: Time) {
-        while let Some(&Reverse((end, at))) = self.calendar.peek()
-            && end <= now
+        while let Some(&Reverse((at, event))) = self.calendar.peek()
+            && at <= now
         {
             self.calendar.pop();
-            self.replicas[at].advance(end, &mut self.emissions);
-            if let Some(next) = self.replicas[at].next_step() {
-                self.calendar.push(Reverse((next, at)));
+            match event {
+                Event::StepEnds(replica) => self.end_step(replica, at),
+                Event::PageWritten(_) if self.over => {}
+                Event::PageWritten(replica) => {
+                    self.pages.push_back(self.replicas[replica].stats());
+                    self.dispatcher.sampled(replica, at);
+                    self.calendar.push(Reverse((at + self.scrape.delay, Event::PageRead(replica))));
+                    self.calendar.push(Reverse((at + self.scrape.interval, event)));
+                }
+                Event::PageRead(replica) => {
+                    if let Some(stats) = self.pages.pop_front() {
+                        self.dispatcher.scraped(replica, &stats, at);
+                    }
+                }
             }
-            let mut emissions = std::mem::take(&mut self.emissions);
-            for emission in emissions.drain(..) {
-                self.hear(&emission);
-            }
-            self.emissions = emissions;
         }
     }
 
-    /// What the proxy does when a token reaches it.
+    fn end_step(&mut self, replica: usize, at: Time) {
+        self.replicas[replica].advance(at, &mut self.emissions);
+        if let Some(next) = self.replicas[replica].next_step() {
+            self.calendar.push(Reverse((next, Event::StepEnds(replica))));
+        }
+        let mut emissions = std::mem::take(&mut self.emissions);
+        for emission in emissions.drain(..) {
+            self.hear(&emission);
+        }
+        self.emissions = emissions;
+    }
+
+    /// A token reaches the proxy.
     fn hear(&mut self, emission: &Emission) {
-        let flight = &mut self.flights[emission.id as usize];
+        let id = emission.id as usize;
+        let flight = &mut self.flights[id];
         match emission.kind {
             Kind::First { .. } => {
                 flight.first_token = emission.at.since(flight.arrived);
-                if let Some(charge) = &mut flight.charge {
-                    self.balancer.answer(charge);
-                }
+                self.dispatcher.answered(id, emission.at);
             }
             Kind::Token => {}
             Kind::Finished => {
@@ -204,17 +249,13 @@ impl Fleet {
                 };
                 self.figures.book(&timing, &self.slo);
                 self.ended = emission.at;
-                if let Some(charge) = flight.charge.take() {
-                    self.balancer.settle(charge);
-                }
+                self.dispatcher.finished(id, emission.at);
             }
         }
     }
 
     fn figures(self) -> Figures {
-        let sum = |count: fn(&super::replica::Stats) -> u64| -> u64 {
-            self.replicas.iter().map(|replica| count(&replica.stats())).sum()
-        };
+        let sum = |count: fn(&Stats) -> u64| -> u64 { self.replicas.iter().map(|r| count(&r.stats())).sum() };
         let most = self.sent.iter().max().copied().unwrap_or(0);
         let began = self.flights.first().map_or(Time::ZERO, |flight| flight.arrived);
         Figures {
@@ -227,16 +268,22 @@ impl Fleet {
     }
 }
 
-/// A made-up address for replica number `index`, from 0.
-fn address(index: usize) -> SocketAddr {
-    let [.., a, b] = index.to_be_bytes();
-    SocketAddr::from((Ipv4Addr::new(10, 0, a, b), 8000))
+/// The request as an engine sees it.
+pub(super) fn job(arrival: &Arrival<'_>) -> Job {
+    Job {
+        id: arrival.id as u64,
+        prompt_tokens: arrival.request.prompt_tokens,
+        blocks: arrival.request.blocks.clone(),
+        output_tokens: arrival.request.output_tokens,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::proxies::{Fleet as Backends, Proxies};
     use super::*;
     use crate::balance::ledger::Account;
+    use crate::policy::PolicyConfig;
 
     /// A step takes 10 ms and 1 ms per prompt token.
     const PLAIN: Hardware = Hardware {
@@ -259,11 +306,19 @@ mod tests {
         Trace::parse(format!("{{\"block_tokens\":10}}\n{requests}").as_bytes()).unwrap()
     }
 
+    fn proxies(trace: &Trace, policy: &str, count: usize, replicas: usize) -> Proxies {
+        let weights = vec![1; replicas];
+        let fleet = Backends { weights: &weights, kv_tokens: 10_000, block_tokens: trace.block_tokens };
+        Proxies::new(count, &PolicyConfig::by_name(policy).unwrap(), &fleet, 1)
+    }
+
+    fn scenario<'a>(trace: &'a Trace, speedup: f64, speeds: &'a [f64]) -> Scenario<'a> {
+        Scenario { trace, speedup, hardware: PLAIN, speeds, scrape: None, slo: SLO }
+    }
+
     fn run(trace: &Trace, policy: &str, speedup: f64, speeds: &[f64]) -> Figures {
-        let policy = PolicyConfig::by_name(policy).unwrap();
-        let scenario =
-            Scenario { trace, speedup, hardware: PLAIN, speeds, policy: &policy, seed: 1, slo: SLO };
-        replay(&scenario, |_| ())
+        let mut proxies = proxies(trace, policy, 1, speeds.len());
+        replay(&scenario(trace, speedup, speeds), &mut proxies, |_| ())
     }
 
     fn samples(millis: impl IntoIterator<Item = u64>) -> super::super::report::Samples {
@@ -346,26 +401,70 @@ mod tests {
             assert_eq!(once, run(&trace, name, 1.0, &[1.0, 1.0, 0.5]), "{name}");
             assert_eq!(once.whole.len(), 400, "{name}");
         }
-        let policy = PolicyConfig::default();
-        let scenario = Scenario {
-            trace: &trace,
-            speedup: 1.0,
-            hardware: PLAIN,
-            speeds: &[1.0; 3],
-            policy: &policy,
-            seed: 1,
-            slo: SLO,
-        };
-        let mut fleet = Fleet::new(&scenario);
-        for (index, request) in trace.requests.iter().enumerate() {
-            fleet.run_until(Time::ZERO + request.at);
-            fleet.arrive(index, request, Time::ZERO + request.at);
+        for count in [1, 3] {
+            let mut proxies = proxies(&trace, "least_pending_tokens", count, 3);
+            let mut fleet = Fleet::new(&scenario(&trace, 1.0, &[1.0; 3]), &mut proxies);
+            for (id, request) in trace.requests.iter().enumerate() {
+                fleet.run_until(Time::ZERO + request.at);
+                fleet.arrive(id, request, Time::ZERO + request.at);
+            }
+            fleet.over = true;
+            fleet.run_until(Time::from_nanos(u64::MAX));
+            assert_eq!(fleet.figures().requests, 400);
+            assert!(proxies.owed(Time::ZERO).all(|account| account == Account::default()));
         }
-        let owed = |fleet: &mut Fleet| {
-            fleet.balancer.states(Time::ZERO).iter().any(|s| s.account != Account::default())
-        };
-        assert!(owed(&mut fleet), "the last request is still in flight");
-        fleet.run_until(Time::from_nanos(u64::MAX));
-        assert!(!owed(&mut fleet));
+    }
+
+    /// Sends every request to the first replica, and writes down what it is told.
+    #[derive(Default)]
+    struct Scribe(Vec<String>);
+
+    impl Dispatcher for Scribe {
+        fn dispatch(&mut self, arrival: &Arrival<'_>, _replicas: &[Replica]) -> Option<usize> {
+            self.0.push(format!("{} arrives at {}", arrival.id, arrival.now.as_nanos() / 1_000_000));
+            (arrival.request.prompt_tokens < 1_000).then_some(0)
+        }
+
+        fn answered(&mut self, id: usize, now: Time) {
+            self.0.push(format!("{id} answered at {}", now.as_nanos() / 1_000_000));
+        }
+
+        fn finished(&mut self, id: usize, now: Time) {
+            self.0.push(format!("{id} finished at {}", now.as_nanos() / 1_000_000));
+        }
+
+        fn sampled(&mut self, replica: usize, now: Time) {
+            self.0.push(format!("{replica} sampled at {}", now.as_nanos() / 1_000_000));
+        }
+
+        fn scraped(&mut self, replica: usize, stats: &Stats, now: Time) {
+            let Stats { running, waiting, .. } = stats;
+            self.0.push(format!("{replica}: {running}+{waiting} at {}", now.as_nanos() / 1_000_000));
+        }
+    }
+
+    #[test]
+    fn a_dispatcher_hears_of_each_event_in_its_turn_and_of_metrics_with_their_delay() {
+        let trace = trace("{\"t\":0,\"in\":20,\"out\":3}\n{\"t\":45,\"in\":1000,\"out\":1}");
+        let millis = Duration::from_millis;
+        let scrape = Scrape { interval: millis(40), delay: millis(15) };
+        let mut scribe = Scribe::default();
+        let figures = replay(
+            &Scenario { scrape: Some(scrape), ..scenario(&trace, 1.0, &[1.0, 1.0]) },
+            &mut scribe,
+            |_| (),
+        );
+        assert_eq!((figures.requests, figures.refused), (2, 1));
+        let told = [
+            "0 arrives at 0",
+            "0 sampled at 20",
+            "0 answered at 30",
+            "0: 1+0 at 35",
+            "1 sampled at 40",
+            "1 arrives at 45",
+            "0 finished at 50",
+            "1: 0+0 at 55",
+        ];
+        assert_eq!(scribe.0, told);
     }
 }

@@ -19,8 +19,9 @@ use self::table::{Limit, Run};
 use crate::config::parse_duration;
 use crate::demo::engine::hardware;
 use crate::policy::PolicyConfig;
-use crate::sim::fleet::{Scenario, replay};
+use crate::sim::fleet::{Scenario, Scrape, replay};
 use crate::sim::hardware::Hardware;
+use crate::sim::proxies::{Fleet, Proxies};
 use crate::sim::report::{Figures, Slo};
 use crate::sim::trace::Trace;
 
@@ -128,17 +129,24 @@ impl Simulation<'_> {
     }
 
     fn replay(&self, policy: &PolicyConfig, seed: u64, speedup: f64) -> Figures {
+        let SimulateOptions { engine, slo, .. } = self.options;
+        let scrape = Some(Scrape::default());
         let scenario = Scenario {
             trace: &self.trace,
             speedup,
-            hardware: self.options.engine,
+            hardware: *engine,
             speeds: &self.speeds,
-            policy,
-            seed,
-            slo: self.options.slo,
+            scrape,
+            slo: *slo,
         };
+        let weights = vec![1; self.speeds.len()];
+        let (kv_tokens, block_tokens) = (engine.kv_tokens, self.trace.block_tokens);
+        let mut proxies =
+            Proxies::new(1, policy, &Fleet { weights: &weights, kv_tokens, block_tokens }, seed);
         let requests = self.trace.requests.len();
-        replay(&scenario, |sent| self.progress.show(policy.name(), seed, speedup, sent, requests))
+        replay(&scenario, &mut proxies, |sent| {
+            self.progress.show(policy.name(), seed, speedup, sent, requests)
+        })
     }
 
     fn header(&self) -> String {

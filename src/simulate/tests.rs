@@ -169,11 +169,12 @@ fn on_a_real_trace_tokens_beat_counts_and_counts_beat_turns() {
             speedup: 2.5,
             hardware: Hardware::default(),
             speeds: &[1.0; 8],
-            policy: &policy,
-            seed: 1,
+            scrape: None,
             slo: slo("ttft=2s,tpot=50ms").unwrap(),
         };
-        replay(&scenario, |_| ()).first_token.mean().unwrap()
+        let fleet = Fleet { weights: &[1; 8], kv_tokens: 400_000, block_tokens: trace.block_tokens };
+        let mut proxies = Proxies::new(1, &policy, &fleet, 1);
+        replay(&scenario, &mut proxies, |_| ()).first_token.mean().unwrap()
     };
     let means = ["round_robin", "least_connections", "least_pending_tokens"].map(mean);
     assert!(means[0] > means[1] && means[1] > means[2], "{means:?}");

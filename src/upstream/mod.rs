@@ -125,6 +125,7 @@ impl Upstream {
         let settings = Settings {
             ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
             max_requests: config.max_requests,
+            slow_start: config.slow_start,
         };
         let upstream_metrics = metrics.upstream(name);
         let shared = Arc::new(Shared {
@@ -297,12 +298,12 @@ impl Shared {
     }
 
     fn set_members(&self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
-        self.balancer.lock().set_members(members);
+        self.balancer.lock().set_members(members, self.clock.now());
     }
 
     /// The probes' verdict on a backend has changed.
     fn observe_health(&self, address: &SocketAddr, healthy: bool) {
-        self.balancer.lock().observe_health(address, healthy);
+        self.balancer.lock().observe_health(address, healthy, self.clock.now());
         let state = if healthy { "up" } else { "down" };
         log::warn!("backend {state} upstream={} backend={address} by=probe", self.name);
         self.queue.wake();

@@ -1,9 +1,9 @@
 //! The poll: what does the engine say of itself?
 //!
 //! One task per backend scrapes the engine's metrics at a jittered interval and asks for its models now and
-//! then. Readings never decide where a request goes (they are 0.05 to 18 s old when they arrive, and deciding
-//! on them herds; research/routing.md s.0): they bound the prefix index, reveal restarts and are shown with
-//! their age. A failed poll keeps what was known.
+//! then. Readings never rank backends (they are 0.05 to 18 s old when they arrive, and deciding on them herds;
+//! research/routing.md s.0): they bound the prefix index, reveal restarts, guard and correct
+//! ([`crate::balance::gauge`]), and are shown with their age. A failed poll keeps what was known.
 
 use std::time::Duration;
 
@@ -39,16 +39,18 @@ async fn metrics(upstream: &Upstream, client: &Client, live: &Live) {
     let engine = upstream.config.engine;
     let (name, backend) = (&upstream.name, &live.label);
     let mut failing = false;
+    let shared = &upstream.shared;
     loop {
+        let before = shared.balancer.lock().account(&live.address);
         let error = match client.get(live, path, poll.timeout).await {
             Ok((200, body)) => {
                 let reading = engine::read(engine, &String::from_utf8_lossy(&body));
-                let shared = &upstream.shared;
                 // The engine's own tokens, so the ratio of an unknown model is as good as any.
                 let block_tokens = BytesPerToken::default().block_tokens();
                 shared.balancer.lock().observe_reading(
                     &live.address,
                     reading,
+                    &before,
                     block_tokens,
                     shared.clock.now(),
                 );

@@ -1,0 +1,213 @@
+//! The balancer as its callers use it: charges, tiers, caches, readings and returns.
+
+use super::*;
+use crate::policy::PolicyConfig;
+
+const SETTINGS: Settings = Settings {
+    ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
+    max_requests: None,
+    slow_start: Duration::from_secs(10),
+};
+
+fn address(n: u8) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, n], 8000))
+}
+
+fn balancer(backends: u8, settings: Settings) -> Balancer {
+    let mut balancer = Balancer::new(settings, PolicyConfig::default().build(), 1);
+    balancer.set_members((0..backends).map(|n| (address(n), 1)), Time::ZERO);
+    balancer
+}
+
+fn request(blocks: &[u64]) -> Request<'_> {
+    Request { prompt_tokens: 1_000, blocks, block_tokens: 128.0, session: None }
+}
+
+fn observe(balancer: &mut Balancer, reading: Reading) {
+    let before = balancer.account(&address(0));
+    balancer.observe_reading(&address(0), reading, &before, 128.0, Time::ZERO);
+}
+
+fn slot(balancer: &Balancer, n: u8) -> Slot {
+    balancer.ledger.slot(&address(n)).unwrap()
+}
+
+#[test]
+fn a_shared_prefix_lands_where_it_was_computed() {
+    let mut b = balancer(4, SETTINGS);
+    let blocks: Vec<u64> = (1..=7).collect();
+    let first = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    assert_eq!((first.matched_tokens, first.charge.uncached_tokens()), (0, 1_000));
+    b.settle(first.charge);
+    let second = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    assert_eq!((second.address, second.reason, second.matched_tokens), (first.address, Reason::Cache, 896));
+    b.settle(second.charge);
+    b.observe_health(&first.address, false, Time::ZERO);
+    b.observe_health(&first.address, true, Time::ZERO);
+    let third = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    assert_eq!(third.matched_tokens, 0, "a backend that was down has lost its cache");
+    b.settle(third.charge);
+}
+
+#[test]
+fn a_burst_is_spread_because_each_pick_is_charged_at_once() {
+    let mut b = balancer(4, SETTINGS);
+    let picks: Vec<_> = (0..8).map(|_| b.pick(&request(&[]), &[], Time::ZERO).unwrap()).collect();
+    for n in 0..4 {
+        assert_eq!(picks.iter().filter(|p| p.address == address(n)).count(), 2);
+    }
+    for pick in picks {
+        b.settle(pick.charge);
+    }
+}
+
+#[test]
+fn tried_down_ejected_and_cooling_backends_are_left_out_until_nothing_else_remains() {
+    let now = Time::ZERO + Duration::from_secs(1);
+    let mut b = balancer(4, SETTINGS);
+    b.observe_health(&address(0), false, now);
+    let ejected = slot(&b, 1);
+    assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now)));
+    let cooling = slot(&b, 2);
+    b.cool(cooling, Duration::from_secs(5), now);
+    for _ in 0..20 {
+        let pick = b.pick(&request(&[]), &[], now).unwrap();
+        assert_eq!((pick.address, pick.reason), (address(3), Reason::Only));
+        b.settle(pick.charge);
+    }
+    let mut tried = vec![slot(&b, 3)];
+    for _ in 0..3 {
+        let pick = b.pick(&request(&[]), &tried, now).unwrap();
+        assert_eq!(pick.reason, Reason::LastResort);
+        assert!(!tried.contains(&pick.charge.slot()));
+        tried.push(pick.charge.slot());
+        b.settle(pick.charge);
+    }
+    assert_eq!(b.pick(&request(&[]), &tried, now).unwrap_err(), NoPick::Exhausted);
+}
+
+#[test]
+fn a_full_fleet_says_so_and_takes_requests_again_after_a_settlement() {
+    let mut b = balancer(2, Settings { max_requests: Some(1), ..SETTINGS });
+    assert_eq!(b.tier(&[], Time::ZERO), Ok(Tier::Available));
+    let one = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
+    let two = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
+    assert_eq!(b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(), NoPick::Full);
+    assert_eq!(b.tier(&[], Time::ZERO), Err(NoPick::Full));
+    b.observe_health(&one.address, false, Time::ZERO);
+    assert_eq!(b.pick(&request(&[]), &[], Time::ZERO).unwrap_err(), NoPick::Full, "one is full, one is down");
+    b.observe_health(&one.address, true, Time::ZERO);
+    b.settle(one.charge);
+    let three = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
+    assert_eq!(three.address, one.address);
+    b.settle(two.charge);
+    b.settle(three.charge);
+}
+
+#[test]
+fn suspected_faults_never_eject_more_than_the_limit() {
+    let mut b = balancer(8, SETTINGS);
+    let mut ejected = 0;
+    for n in 0..8 {
+        let slot = slot(&b, n);
+        ejected += (0..10).filter(|_| b.fail(slot, Fault::Suspect, true, Time::ZERO)).count();
+    }
+    assert_eq!(ejected, 2);
+}
+
+#[test]
+fn a_restart_of_the_engine_clears_its_prefixes_and_its_cache_size_bounds_them() {
+    let mut b = balancer(1, SETTINGS);
+    let blocks: Vec<u64> = (1..=50).collect();
+    let reading = Reading { process_start: Some(1.0), kv_capacity_tokens: Some(1_280), ..Reading::default() };
+    observe(&mut b, reading);
+    let pick = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    b.settle(pick.charge);
+    assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10);
+    for silent in [Reading::default(), Reading { process_start: None, ..reading }, reading] {
+        observe(&mut b, silent);
+        assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10, "{silent:?} is no restart");
+    }
+    observe(&mut b, Reading { process_start: Some(2.0), ..reading });
+    assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 0);
+}
+
+#[test]
+fn counters_survive_a_change_of_members_and_weights() {
+    let mut b = balancer(2, SETTINGS);
+    let pick = b.pick(&request(&[]), &[], Time::ZERO).unwrap();
+    b.set_members([(address(5), 1)], Time::ZERO);
+    b.set_members([(pick.address, 7), (address(5), 1)], Time::ZERO);
+    let states = b.states(Time::ZERO);
+    assert_eq!((states[0].weight, states[0].account.active_requests), (7, 1));
+    b.settle(pick.charge);
+    assert!(b.states(Time::ZERO).iter().all(|s| s.account == Account::default()));
+}
+
+/// Picks `n` times without an end and counts by backend.
+fn spread(b: &mut Balancer, n: usize, blocks: &[u64], now: Time) -> Vec<u32> {
+    for _ in 0..n {
+        let pick = b.pick(&request(blocks), &[], now).unwrap();
+        let _never_settled = pick.charge;
+    }
+    b.states(now).iter().map(|s| s.account.active_requests).collect()
+}
+
+#[test]
+fn a_backend_that_joins_or_returns_gets_little_at_first() {
+    let later = Time::ZERO + Duration::from_secs(100);
+    let mut joined = balancer(2, SETTINGS);
+    joined.set_members((0..3).map(|n| (address(n), 1)), later);
+    let got = spread(&mut joined, 42, &[], later);
+    assert!(got[2] <= 3, "{got:?} as it joins");
+    let mut returned = balancer(3, SETTINGS);
+    returned.observe_health(&address(2), false, later);
+    returned.observe_health(&address(2), true, later);
+    let got = spread(&mut returned, 42, &[], later);
+    assert!(got[2] <= 3, "{got:?} as it returns");
+    let warm = later + SETTINGS.slow_start;
+    assert_eq!(spread(&mut balancer(3, SETTINGS), 42, &[], warm), [14, 14, 14], "as the fleet starts");
+}
+
+#[test]
+fn a_strained_engine_is_passed_over_while_another_can_serve() {
+    let mut b = balancer(2, SETTINGS);
+    let full = Reading { kv_usage: Some(0.99), waiting: Some(4), ..Reading::default() };
+    observe(&mut b, full);
+    assert!(b.states(Time::ZERO)[0].strained);
+    assert_eq!(spread(&mut b, 10, &[], Time::ZERO), [0, 10]);
+    let other = slot(&b, 1);
+    let last = b.pick(&request(&[]), &[other], Time::ZERO).unwrap();
+    assert_eq!((last.address, last.reason), (address(0), Reason::Only));
+    b.settle(last.charge);
+    let stale = Time::ZERO + Duration::from_secs(2);
+    assert_eq!(spread(&mut b, 10, &[], stale), [10, 10]);
+}
+
+#[test]
+fn what_others_send_to_an_engine_is_added_to_what_we_do() {
+    let mut b = balancer(2, SETTINGS);
+    assert_eq!(spread(&mut b, 2, &[], Time::ZERO), [1, 1]);
+    observe(&mut b, Reading { running: Some(1), waiting: Some(6), ..Reading::default() });
+    assert_eq!(spread(&mut b, 6, &[], Time::ZERO), [1, 7]);
+    assert_eq!(spread(&mut b, 2, &[], Time::ZERO), [2, 8], "six of theirs and ours weigh the same");
+}
+
+#[test]
+fn a_crowd_that_its_cache_attracts_is_spread() {
+    let mut b = balancer(3, SETTINGS);
+    let now = Time::ZERO + Duration::from_secs(1);
+    let blocks: Vec<u64> = (1..=150).collect();
+    let document = Request { prompt_tokens: 20_000, ..request(&blocks) };
+    let reasons: Vec<Reason> = (0..20)
+        .map(|_| {
+            let mut pick = b.pick(&document, &[], now).unwrap();
+            b.answer(&mut pick.charge);
+            pick.reason
+        })
+        .collect();
+    assert_eq!(reasons[0], Reason::Load);
+    assert!(reasons[1..8].iter().all(|reason| *reason == Reason::Cache), "{reasons:?}");
+    assert_eq!(reasons[8], Reason::Spread, "eight in flight on one of three, none elsewhere");
+    assert!(b.states(now).iter().all(|s| s.account.active_requests > 1), "{:?}", b.states(now));
+}
