@@ -10,7 +10,8 @@ use crate::support::upstream;
 async fn a_probe_takes_a_backend_out_and_brings_it_back() {
     let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
     let probe = "probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 2 }";
-    let proxy = before(&engines, &format!("engine: vllm, policy: round_robin, {probe}")).await;
+    let policy = "engine: vllm, policy: round_robin, slow_start: off";
+    let proxy = before(&engines, &format!("{policy}, {probe}")).await;
     let ill = engines[0].address();
     proxy.counts("plimsoll_backend_up", &[], 2.0).await;
     engines[0].set_health(503);
@@ -26,6 +27,24 @@ async fn a_probe_takes_a_backend_out_and_brings_it_back() {
         assert_eq!(proxy.ask(&chat()).await.status, 200);
     }
     assert!(engines[0].count() >= 3, "{:?}", counts(&engines));
+}
+
+#[tokio::test]
+async fn a_backend_that_comes_back_gets_a_tenth_of_its_share_at_first() {
+    let engines: [Engine; 2] = std::array::from_fn(|_| Engine::good());
+    let probe = "probe: { interval: 100ms, timeout: 2s, down_after: 2, up_after: 2 }";
+    let policy = "engine: vllm, policy: round_robin, slow_start: 1h";
+    let proxy = before(&engines, &format!("{policy}, {probe}")).await;
+    let ill = engines[0].address();
+    for (health, up) in [(503, 0.0), (200, 1.0)] {
+        engines[0].set_health(health);
+        proxy.counts("plimsoll_backend_up", &[("backend", &ill)], up).await;
+    }
+    engines.iter().for_each(Engine::forget);
+    for _ in 0..22 {
+        assert_eq!(proxy.ask(&chat()).await.status, 200);
+    }
+    assert_eq!(counts(&engines), [2, 20]);
 }
 
 #[tokio::test]
