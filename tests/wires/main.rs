@@ -21,6 +21,8 @@ mod health;
 #[cfg(test)]
 mod hygiene;
 #[cfg(test)]
+mod polls;
+#[cfg(test)]
 mod queue;
 #[cfg(test)]
 mod routing;

@@ -179,6 +179,7 @@ struct State {
     script: Script,
     seen: Mutex<Vec<Seen>>,
     models: Mutex<Vec<String>>,
+    page: Mutex<String>,
     health: AtomicU16,
     probes: AtomicU64,
     connections: AtomicU64,
@@ -206,6 +207,7 @@ impl Engine {
             script: Box::new(script),
             seen: Mutex::default(),
             models: Mutex::new(vec!["tiny".to_owned()]),
+            page: Mutex::default(),
             health: AtomicU16::new(200),
             probes: AtomicU64::new(0),
             connections: AtomicU64::new(0),
@@ -271,6 +273,14 @@ impl Engine {
     /// What `GET /v1/models` lists from now on.
     pub fn set_models(&self, models: &[&str]) {
         *self.state.models.lock() = models.iter().map(|&model| model.to_owned()).collect();
+    }
+
+    /// What vLLM's metrics page says from now on.
+    pub fn set_readings(&self, running: u64, waiting: u64, kv_usage: f64) {
+        *self.state.page.lock() = format!(
+            "vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n\
+             vllm:kv_cache_usage_perc {kv_usage}\n"
+        );
     }
 
     /// Every request that went to the script so far.
@@ -408,7 +418,7 @@ fn housekeeping(state: &State, head: &Head) -> Option<Answer> {
             state.probes.fetch_add(1, SeqCst);
             Some(Answer::json(state.health.load(SeqCst), ""))
         }
-        "/metrics" => Some(Answer::json_with(200, "", "")),
+        "/metrics" => Some(Answer::json_with(200, "", &state.page.lock())),
         "/v1/models" => {
             let models = state.models.lock();
             let list =
