@@ -95,6 +95,7 @@ fn backend(state: &State) -> Value {
         "healthy": state.healthy,
         "ejected": state.ejected,
         "strained": state.strained,
+        "stalled": state.stalled,
         "cooling": state.cooling,
         "pending_tokens": state.account.pending_tokens,
         "active_requests": state.account.active_requests,

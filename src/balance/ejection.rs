@@ -11,8 +11,13 @@
 //!   `max_fails` of them come in a row on this backend while others succeed, and a success here clears it.
 //! * *Back-pressure* (429, 503) never counts; the backend cools down for as long as it asked.
 //! * At most [`limit`] backends are ejected together.
-//! * An ejected backend that returns is on probation: its next fault ejects it again, its next success clears
-//!   it.
+//! * Ejections in a row last longer each: `n` times `fail_timeout` for the n-th, up to ten times, give or take
+//!   a fifth so that those who went together do not return together. One that comes more than ten times
+//!   `fail_timeout` after the last is a first one again.
+//! * One that returns is on probation: it gets one request, and no other until that has been answered. A fault
+//!   ejects it again, a success clears it.
+//! * A probe that is answered refutes an ejection for want of a connection: it ends at once, in probation. A
+//!   rolling restart is over in seconds, and its last victim must not find the others still ejected.
 
 use std::time::Duration;
 
@@ -24,9 +29,15 @@ use crate::clock::Time;
 pub struct Rule {
     /// Faults that eject; 0 switches ejection off.
     pub max_fails: u32,
-    /// The span in which they must come, and the time of ejection.
+    /// The span in which they must come, and the time of a first ejection.
     pub fail_timeout: Duration,
 }
+
+/// The most that a row of ejections lengthens one, and the memory of such a row, both in `fail_timeout`s.
+const LONGEST: u32 = 10;
+
+/// An ejection is this part shorter or longer, at most.
+const JITTER: f64 = 0.2;
 
 /// The record of one backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,10 +45,16 @@ pub struct Record {
     fails: u32,
     first_fail: Time,
     suspects: u32,
+    /// Ejections in a row.
+    ejections: u32,
     ejected_until: Time,
+    /// The last ejection was for want of a connection.
+    unreachable: bool,
     cooling_until: Time,
     /// It was ejected and has not answered since.
     probation: bool,
+    /// The request on which a backend on probation is tried has until then to be answered.
+    trial_until: Time,
     /// Another backend has answered since this one last did.
     overtaken: bool,
 }
@@ -53,6 +70,11 @@ impl Record {
         (self.ejected_until > Time::ZERO && !self.ejected(now)).then_some(self.ejected_until)
     }
 
+    /// Whether the backend is being tried by one request, and should get no other at `now`.
+    pub fn on_trial(&self, now: Time) -> bool {
+        self.probation && now < self.trial_until
+    }
+
     /// Whether the backend asked to be left alone at `now`.
     pub fn cooling(&self, now: Time) -> bool {
         now < self.cooling_until
@@ -61,6 +83,14 @@ impl Record {
     /// Leaves the backend alone for `span`, because it said it is full.
     pub fn cool(&mut self, now: Time, span: Duration) {
         self.cooling_until = self.cooling_until.max(now + span);
+    }
+
+    /// The backend was chosen. One on probation is on trial until it answers or fails; if the request goes
+    /// away without either, until `fail_timeout` has passed.
+    pub fn choose(&mut self, rule: Rule, now: Time) {
+        if self.probation {
+            self.trial_until = now + rule.fail_timeout;
+        }
     }
 
     /// The backend answered. An ejected one stays ejected: the answer may be to a request from before.
@@ -75,6 +105,15 @@ impl Record {
     /// Another backend of the upstream answered.
     pub fn overtake(&mut self) {
         self.overtaken = true;
+    }
+
+    /// A probe has been answered: whatever is wrong, a connection can be made. True if that ends an ejection.
+    pub fn reach(&mut self, now: Time) -> bool {
+        let refuted = self.unreachable && self.ejected(now);
+        if refuted {
+            self.ejected_until = now;
+        }
+        refuted
     }
 
     /// The backend failed; true if that is one too many. `elsewhere` says that another backend answered the
@@ -100,15 +139,21 @@ impl Record {
         self.probation || self.fails >= rule.max_fails
     }
 
-    /// Ejects the backend.
-    pub fn eject(&mut self, rule: Rule, now: Time) {
-        let cooling_until = self.cooling_until;
+    /// Ejects the backend because of `fault`, and says for how long; `chance` is drawn from 0 to 1.
+    pub fn eject(&mut self, rule: Rule, fault: Fault, chance: f64, now: Time) -> Duration {
+        let in_a_row = self.returned(now).is_some_and(|at| now.since(at) <= rule.fail_timeout * LONGEST);
+        let ejections = if in_a_row { self.ejections.saturating_add(1) } else { 1 };
+        let jitter = 1.0 + JITTER * (2.0 * chance - 1.0);
+        let span = (rule.fail_timeout * ejections.min(LONGEST)).mul_f64(jitter);
         *self = Self {
-            ejected_until: now + rule.fail_timeout,
-            cooling_until,
+            ejections,
+            ejected_until: now + span,
+            unreachable: fault == Fault::Certain,
+            cooling_until: self.cooling_until,
             probation: true,
             ..Self::default()
         };
+        span
     }
 }
 
@@ -137,7 +182,7 @@ mod tests {
     fn the_third_certain_fault_ejects_for_fail_timeout() {
         let mut record = Record::default();
         assert_eq!(faults_until_ejection(&mut record, Fault::Certain, false, at(100)), Some(3));
-        record.eject(RULE, at(100));
+        assert_eq!(record.eject(RULE, Fault::Certain, 0.5, at(100)), RULE.fail_timeout);
         assert!(record.ejected(at(129)));
         assert!(!record.ejected(at(130)));
     }
@@ -153,7 +198,7 @@ mod tests {
     #[test]
     fn a_backend_on_probation_is_ejected_by_its_next_fault_and_cleared_by_its_next_success() {
         let mut record = Record::default();
-        record.eject(RULE, at(0));
+        let _span = record.eject(RULE, Fault::Suspect, 0.5, at(0));
         record.succeed(at(10));
         let mut failing = record;
         assert_eq!(faults_until_ejection(&mut failing, Fault::Certain, false, at(40)), Some(1));
@@ -208,5 +253,50 @@ mod tests {
     fn the_last_backend_is_never_ejected() {
         assert_eq!([1, 2, 3, 4, 8, 9].map(|n| limit(n, Fault::Suspect)), [0, 1, 2, 1, 2, 3]);
         assert_eq!([1, 2, 4, 8].map(|n| limit(n, Fault::Certain)), [0, 1, 3, 7]);
+    }
+
+    #[test]
+    fn ejections_in_a_row_grow_to_ten_times_with_jitter_and_are_forgotten_in_time() {
+        let mut record = Record::default();
+        let mut now = at(1);
+        for n in 1..=12 {
+            let span = record.eject(RULE, Fault::Suspect, 0.5, now);
+            assert_eq!(span, RULE.fail_timeout * n.min(10));
+            now = now + span;
+        }
+        assert_eq!(record.eject(RULE, Fault::Suspect, 0.0, now), RULE.fail_timeout * 8);
+        now = now + RULE.fail_timeout * 8;
+        assert_eq!(record.eject(RULE, Fault::Suspect, 1.0, now), RULE.fail_timeout * 12);
+        now = now + RULE.fail_timeout * 22 + Duration::from_nanos(1);
+        assert_eq!(record.eject(RULE, Fault::Suspect, 0.5, now), RULE.fail_timeout);
+    }
+
+    #[test]
+    fn a_backend_that_returns_is_tried_by_one_request_at_a_time() {
+        let mut record = Record::default();
+        record.choose(RULE, at(0));
+        assert!(!record.on_trial(at(0)), "no probation, no trial");
+        let _span = record.eject(RULE, Fault::Suspect, 0.5, at(0));
+        assert!(!record.on_trial(at(30)), "nobody has tried it yet");
+        record.choose(RULE, at(31));
+        assert!(record.on_trial(at(32)));
+        let mut forgotten = record;
+        assert!(!forgotten.on_trial(at(61)), "its request went away without a verdict");
+        forgotten.choose(RULE, at(61));
+        assert!(forgotten.on_trial(at(62)));
+        record.succeed(at(33));
+        assert!(!record.on_trial(at(33)));
+    }
+
+    #[test]
+    fn an_answered_probe_ends_an_ejection_for_want_of_a_connection_and_no_other() {
+        let (mut refused, mut failing) = (Record::default(), Record::default());
+        let _span = refused.eject(RULE, Fault::Certain, 0.5, at(0));
+        let _span = failing.eject(RULE, Fault::Suspect, 0.5, at(0));
+        assert!(refused.reach(at(5)) && !failing.reach(at(5)));
+        assert!(!refused.ejected(at(5)) && failing.ejected(at(5)));
+        assert!(!refused.reach(at(5)), "it has ended");
+        refused.choose(RULE, at(5));
+        assert!(refused.on_trial(at(6)), "it is on probation like any other");
     }
 }

@@ -16,12 +16,14 @@ pub mod ejection;
 pub mod gauge;
 pub mod index;
 pub mod ledger;
+pub mod pulse;
 pub mod retry;
 pub mod share;
 pub mod slow_start;
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Time;
@@ -31,6 +33,7 @@ use ejection::Record;
 use gauge::Gauge;
 use index::PrefixIndex;
 use ledger::{Account, Charge, Ledger};
+use pulse::Pulse;
 use retry::Fault;
 use share::Share;
 
@@ -43,6 +46,8 @@ pub struct Settings {
     pub max_requests: Option<u32>,
     /// How long a backend that joins or returns takes to reach its weight.
     pub slow_start: Duration,
+    /// Silence after which a backend with requests in flight is stalled; zero switches that off.
+    pub stall_timeout: Duration,
 }
 
 /// Where a request goes.
@@ -70,7 +75,7 @@ pub enum NoPick {
 /// Which backends are asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
-    /// Those that are up, not ejected and not cooling down.
+    /// Those that are up and not ejected, on trial, cooling down or stalled.
     Available,
     /// All of them: the last resort.
     Any,
@@ -101,6 +106,8 @@ pub struct State {
     pub cooling: bool,
     /// Its engine is out of KV memory and has a queue, says a fresh reading: others go first.
     pub strained: bool,
+    /// It has had requests in flight for `stall_timeout` and sent nothing.
+    pub stalled: bool,
     /// What it owes.
     pub account: Account,
     /// Part of the requests of the last ten seconds, 0 to 1.
@@ -119,6 +126,9 @@ struct Backend {
     gauge: Option<Gauge>,
     /// When it joined or came back up, if it was not there from the start.
     since: Option<Time>,
+    pulse: Arc<Pulse>,
+    /// When it last got a request while it had none.
+    busy_since: Time,
 }
 
 /// The balancer of one upstream.
@@ -162,10 +172,7 @@ impl Balancer {
     pub fn set_members(&mut self, members: impl IntoIterator<Item = (SocketAddr, u32)>, now: Time) {
         let before = std::mem::take(&mut self.members);
         for (address, weight) in members {
-            let slot = self.ledger.open(address);
-            while self.backends.len() <= slot.0 as usize {
-                self.backends.push(Backend { healthy: true, ..Backend::default() });
-            }
+            let slot = self.open(address);
             if !before.is_empty() && before.iter().all(|member| member.slot != slot) {
                 self.backends[slot.0 as usize].since = Some(now);
             }
@@ -176,7 +183,7 @@ impl Balancer {
 
     /// Chooses a backend for `request` that is not in `tried`, and charges it.
     ///
-    /// Backends that are down, ejected or cooling are left out while others remain; when nothing else is left
+    /// Backends that are not available are left out while others remain; when nothing else is left
     /// they are tried before the request is refused. A full backend is never picked.
     pub fn pick(&mut self, request: &Request<'_>, tried: &[Slot], now: Time) -> Result<Pick, NoPick> {
         self.matched.clear();
@@ -195,6 +202,11 @@ impl Balancer {
             self.index.insert(slot.0 as usize, request.blocks);
         }
         self.share.count(slot, now);
+        let backend = &mut self.backends[slot.0 as usize];
+        backend.record.choose(self.settings.ejection, now);
+        if self.ledger.account(slot).active_requests == 0 {
+            backend.busy_since = now;
+        }
         let uncached_tokens = self.uncached_tokens(request, slot);
         let mean = self.mean_uncached_tokens.get_or_insert(uncached_tokens as f64);
         *mean += MEAN_WEIGHT * (uncached_tokens as f64 - *mean);
@@ -229,20 +241,22 @@ impl Balancer {
         }
     }
 
-    /// The backend failed; true if that ejected it. `elsewhere` says that another backend answered the same
-    /// request.
+    /// The backend failed; for how long that ejects it, if it does. `elsewhere` says that another backend
+    /// answered the same request.
     #[must_use]
-    pub fn fail(&mut self, slot: Slot, fault: Fault, elsewhere: bool, now: Time) -> bool {
+    pub fn fail(&mut self, slot: Slot, fault: Fault, elsewhere: bool, now: Time) -> Option<Duration> {
         let rule = self.settings.ejection;
-        let index = slot.0 as usize;
         let ejected = |b: &&Member| self.backends[b.slot.0 as usize].record.ejected(now);
         let full = self.members.iter().filter(ejected).count() >= ejection::limit(self.members.len(), fault);
-        let record = &mut self.backends[index].record;
-        if !record.fail(rule, fault, elsewhere, now) || full {
-            return false;
-        }
-        record.eject(rule, now);
-        true
+        let record = &mut self.backends[slot.0 as usize].record;
+        let out = record.fail(rule, fault, elsewhere, now) && !full;
+        out.then(|| record.eject(rule, fault, self.rng.f64(), now))
+    }
+
+    /// A probe of the backend at `address` has been answered; true if that ends its ejection.
+    pub fn reach(&mut self, address: &SocketAddr, now: Time) -> bool {
+        let slot = self.ledger.slot(address);
+        slot.is_some_and(|slot| self.backends[slot.0 as usize].record.reach(now))
     }
 
     /// The backend said it is full: prefer others for `span`.
@@ -302,6 +316,17 @@ impl Balancer {
         }
     }
 
+    /// Whether the backend at `address` has requests in flight and has sent nothing for `stall_timeout`.
+    pub fn stalled(&self, address: &SocketAddr, now: Time) -> bool {
+        self.ledger.slot(address).is_some_and(|slot| self.is_stalled(slot, now))
+    }
+
+    /// The pulse of the backend at `address`, member or not, to be beaten on every byte it sends.
+    pub fn pulse(&mut self, address: SocketAddr) -> Arc<Pulse> {
+        let slot = self.open(address);
+        self.backends[slot.0 as usize].pulse.clone()
+    }
+
     /// Among whom [`Balancer::pick`] would choose: those in rotation if any of them is untried, else whoever is
     /// left; but no one who is full.
     pub fn tier(&self, tried: &[Slot], now: Time) -> Result<Tier, NoPick> {
@@ -320,7 +345,7 @@ impl Balancer {
 
     /// Whether any backend is up and in rotation.
     pub fn any_available(&self, now: Time) -> bool {
-        self.members.iter().any(|m| self.backends[m.slot.0 as usize].available(now))
+        self.members.iter().any(|m| self.is_available(m.slot, now))
     }
 
     /// Every backend as it stands.
@@ -336,6 +361,7 @@ impl Balancer {
                 ejected: backend.record.ejected(now),
                 cooling: backend.record.cooling(now),
                 strained: backend.is_strained(now),
+                stalled: self.is_stalled(member.slot, now),
                 account: *self.ledger.account(member.slot),
                 share: f64::from(self.share.of(member.slot)) / requests,
                 prefix_blocks: self.index.held(member.slot.0 as usize),
@@ -345,8 +371,29 @@ impl Balancer {
         states
     }
 
+    fn open(&mut self, address: SocketAddr) -> Slot {
+        let slot = self.ledger.open(address);
+        while self.backends.len() <= slot.0 as usize {
+            self.backends.push(Backend { healthy: true, ..Backend::default() });
+        }
+        slot
+    }
+
     fn admits(&self, tier: Tier, slot: Slot, now: Time) -> bool {
-        tier == Tier::Any || self.backends[slot.0 as usize].available(now)
+        tier == Tier::Any || self.is_available(slot, now)
+    }
+
+    fn is_available(&self, slot: Slot, now: Time) -> bool {
+        self.backends[slot.0 as usize].is_in_rotation(now) && !self.is_stalled(slot, now)
+    }
+
+    fn is_stalled(&self, slot: Slot, now: Time) -> bool {
+        let Settings { stall_timeout, .. } = self.settings;
+        if stall_timeout.is_zero() || self.ledger.account(slot).active_requests == 0 {
+            return false;
+        }
+        let backend = &self.backends[slot.0 as usize];
+        now.since(backend.busy_since.max(backend.pulse.last().unwrap_or(Time::ZERO))) >= stall_timeout
     }
 
     fn has_room(&self, slot: Slot) -> bool {
@@ -401,7 +448,7 @@ impl Balancer {
     /// Whether one backend had nearly all of the traffic lately and is busy, while another is not.
     fn is_lopsided(&mut self, now: Time) -> bool {
         let total = self.share.total(now);
-        let available = || self.members.iter().filter(|m| self.backends[m.slot.0 as usize].available(now));
+        let available = || self.members.iter().filter(|m| self.is_available(m.slot, now));
         let active = |m: &Member| self.ledger.account(m.slot).active_requests;
         let crowd = available().find(|m| {
             f64::from(self.share.of(m.slot)) > CROWD_SHARE * f64::from(total) && active(m) >= CROWD_REQUESTS
@@ -413,8 +460,8 @@ impl Balancer {
 }
 
 impl Backend {
-    fn available(&self, now: Time) -> bool {
-        self.healthy && !self.record.ejected(now) && !self.record.cooling(now)
+    fn is_in_rotation(&self, now: Time) -> bool {
+        self.healthy && !self.record.ejected(now) && !self.record.on_trial(now) && !self.record.cooling(now)
     }
 
     fn is_strained(&self, now: Time) -> bool {

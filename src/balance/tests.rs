@@ -7,6 +7,7 @@ const SETTINGS: Settings = Settings {
     ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
     max_requests: None,
     slow_start: Duration::from_secs(10),
+    stall_timeout: Duration::from_secs(60),
 };
 
 fn address(n: u8) -> SocketAddr {
@@ -67,7 +68,7 @@ fn tried_down_ejected_and_cooling_backends_are_left_out_until_nothing_else_remai
     let mut b = balancer(4, SETTINGS);
     b.observe_health(&address(0), false, now);
     let ejected = slot(&b, 1);
-    assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now)));
+    assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now).is_some()));
     let cooling = slot(&b, 2);
     b.cool(cooling, Duration::from_secs(5), now);
     for _ in 0..20 {
@@ -110,7 +111,7 @@ fn suspected_faults_never_eject_more_than_the_limit() {
     let mut ejected = 0;
     for n in 0..8 {
         let slot = slot(&b, n);
-        ejected += (0..10).filter(|_| b.fail(slot, Fault::Suspect, true, Time::ZERO)).count();
+        ejected += (0..10).filter(|_| b.fail(slot, Fault::Suspect, true, Time::ZERO).is_some()).count();
     }
     assert_eq!(ejected, 2);
 }
@@ -210,4 +211,50 @@ fn a_crowd_that_its_cache_attracts_is_spread() {
     assert!(reasons[1..8].iter().all(|reason| *reason == Reason::Cache), "{reasons:?}");
     assert_eq!(reasons[8], Reason::Spread, "eight in flight on one of three, none elsewhere");
     assert!(b.states(now).iter().all(|s| s.account.active_requests > 1), "{:?}", b.states(now));
+}
+
+#[test]
+fn a_backend_that_returns_from_ejection_gets_one_request_until_that_is_answered() {
+    let now = Time::ZERO + Duration::from_secs(1);
+    let mut b = balancer(2, SETTINGS);
+    let ill = slot(&b, 0);
+    let span = (0..3).find_map(|_| b.fail(ill, Fault::Suspect, true, now)).unwrap();
+    let back = now + span;
+    let sent = |b: &mut Balancer, at: Time| {
+        let picks: Vec<_> = (0..40).map(|_| b.pick(&request(&[]), &[], at).unwrap()).collect();
+        let to_it = picks.iter().filter(|pick| pick.address == address(0)).count();
+        picks.into_iter().for_each(|pick| b.settle(pick.charge));
+        to_it
+    };
+    assert_eq!(sent(&mut b, back), 1);
+    assert_eq!(sent(&mut b, back), 0);
+    b.succeed(ill, back);
+    assert!(sent(&mut b, back + SETTINGS.slow_start) > 10);
+}
+
+#[test]
+fn a_backend_that_owes_answers_and_says_nothing_is_stalled_until_it_does() {
+    let at = |seconds| Time::ZERO + Duration::from_secs(seconds);
+    let mut b = balancer(2, SETTINGS);
+    let pulse = b.pulse(address(0));
+    let silent = slot(&b, 0);
+    let other = slot(&b, 1);
+    let old = b.pick(&request(&[]), &[other], at(100)).unwrap();
+    assert_eq!(old.charge.slot(), silent);
+    let stalled = |b: &mut Balancer, now| b.states(now)[0].stalled;
+    assert!(!stalled(&mut b, at(159)), "it has had its request for less than a minute");
+    assert!(stalled(&mut b, at(160)));
+    for _ in 0..8 {
+        let pick = b.pick(&request(&[]), &[], at(160)).unwrap();
+        assert_eq!((pick.address, pick.reason), (address(1), Reason::Only));
+        b.settle(pick.charge);
+    }
+    let last = b.pick(&request(&[]), &[other], at(161)).unwrap();
+    assert_eq!(last.reason, Reason::LastResort);
+    pulse.beat(at(161));
+    assert!(!stalled(&mut b, at(162)), "one stream goes on, so the engine lives");
+    b.settle(last.charge);
+    assert!(stalled(&mut b, at(221)));
+    b.settle(old.charge);
+    assert!(!stalled(&mut b, at(500)), "nothing is owed");
 }

@@ -54,6 +54,10 @@ pub struct Upstream {
     /// once. Default 10s. It does not apply when the whole fleet starts.
     #[serde(deserialize_with = "units::duration_or_off")]
     pub slow_start: Duration,
+    /// How long a backend with requests in flight may send nothing before it gets no more of them; `off` for
+    /// ever. Default 60s. Its streams are not cut, and its first byte brings it back.
+    #[serde(deserialize_with = "units::duration_or_off")]
+    pub stall_timeout: Duration,
     /// Requests in flight per backend, 1 to 1000000; beyond it they queue. Absent: no limit.
     #[serde(deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
     pub max_requests: Option<u32>,
@@ -82,6 +86,7 @@ impl Default for Upstream {
             max_fails: 3,
             fail_timeout: Duration::from_secs(30),
             slow_start: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(60),
             max_requests: None,
             queue: Queue::default(),
             probe: Some(Probe::default()),

@@ -45,6 +45,7 @@ struct StateGauges {
     traffic_share: GaugeVec,
     up: IntGaugeVec,
     strained: IntGaugeVec,
+    stalled: IntGaugeVec,
     engine_waiting: IntGaugeVec,
     engine_running: IntGaugeVec,
     engine_kv_usage: GaugeVec,
@@ -217,6 +218,7 @@ impl Metrics {
             g.context_tokens.with_label_values(labels).set(state.account.context_tokens as i64);
             g.traffic_share.with_label_values(labels).set(state.share);
             g.up.with_label_values(labels).set(i64::from(state.healthy && !state.ejected));
+            g.stalled.with_label_values(labels).set(i64::from(state.stalled));
             g.strained.with_label_values(labels).set(i64::from(state.strained));
             let Some((reading, age)) = state.reading else { continue };
             g.poll_age.with_label_values(labels).set(age.as_secs_f64());
@@ -258,6 +260,10 @@ impl StateGauges {
                 "Part of the upstream's requests of the last 10 s, 0 to 1.",
             )?,
             up: int("backend_up", "1 if the backend is in rotation: probes pass, not ejected.")?,
+            stalled: int(
+                "backend_stalled",
+                "1 if it has had requests for `stall_timeout` and sent nothing.",
+            )?,
             strained: int(
                 "backend_strained",
                 "1 if the engine is out of KV memory and has a queue, at a fresh poll: others go first.",

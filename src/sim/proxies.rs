@@ -45,11 +45,12 @@ pub struct Proxies {
     lot: fastrand::Rng,
 }
 
-/// Nothing fails in virtual time and nobody joins, so when to eject and how to start do not matter.
+/// Nothing fails or stalls in virtual time and nobody joins, so what to do then does not matter.
 const SETTINGS: Settings = Settings {
     ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
     max_requests: None,
     slow_start: Duration::ZERO,
+    stall_timeout: Duration::ZERO,
 };
 
 impl Proxies {

@@ -17,7 +17,6 @@ pub mod selector;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -31,6 +30,7 @@ pub use models::{Catalog, Serves};
 pub use probe::Probes;
 pub use queue::Refusal;
 
+use crate::balance::pulse::Pulse;
 use crate::balance::retry::{self, Failure};
 use crate::balance::{Balancer, Settings, State, Tier, ejection};
 use crate::clock::{Clock, Time};
@@ -94,20 +94,18 @@ pub struct Live {
     pub label: String,
     /// Its counters.
     pub metrics: BackendMetrics,
-    /// When it last sent a byte, in nanoseconds of [`Time`]; 0 before it did.
-    last_byte: AtomicU64,
+    pulse: Arc<Pulse>,
 }
 
 impl Live {
     /// The backend has sent bytes.
     pub fn heard(&self, now: Time) {
-        self.last_byte.store(now.as_nanos(), Ordering::Relaxed);
+        self.pulse.beat(now);
     }
 
     /// How long ago the backend sent a byte; `None` if it never did.
     fn silence(&self, now: Time) -> Option<Duration> {
-        let last = self.last_byte.load(Ordering::Relaxed);
-        (last > 0).then(|| now.since(Time::from_nanos(last)))
+        self.pulse.last().map(|last| now.since(last))
     }
 }
 
@@ -126,6 +124,7 @@ impl Upstream {
             ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
             max_requests: config.max_requests,
             slow_start: config.slow_start,
+            stall_timeout: config.stall_timeout,
         };
         let upstream_metrics = metrics.upstream(name);
         let shared = Arc::new(Shared {
@@ -149,7 +148,7 @@ impl Upstream {
                     server_name: named.unwrap_or_else(|| member.host.clone()),
                     metrics: metrics.backend(name, &label),
                     label,
-                    last_byte: AtomicU64::new(0),
+                    pulse: shared.balancer.lock().pulse(member.address),
                 };
                 (member.address, Arc::new(live))
             })
@@ -248,15 +247,12 @@ impl Upstream {
 
     /// The backend failed. `elsewhere` says that another backend answered the same request.
     pub fn fail(&self, address: SocketAddr, slot: Slot, failure: Failure, elsewhere: bool) {
-        let ejected =
-            self.shared.balancer.lock().fail(slot, failure.fault(), elsewhere, self.shared.clock.now());
-        if ejected {
-            let (name, span) = (&self.name, self.config.fail_timeout);
-            log::warn!(
-                "backend ejected upstream={name} backend={address} reason={} for={span:?}",
-                failure.name()
-            );
-            self.shared.metrics.ejected(&address.to_string(), failure.name());
+        let now = self.shared.clock.now();
+        let ejected = self.shared.balancer.lock().fail(slot, failure.fault(), elsewhere, now);
+        if let Some(span) = ejected {
+            let (name, reason) = (&self.name, failure.name());
+            log::warn!("backend ejected upstream={name} backend={address} reason={reason} for={span:?}");
+            self.shared.metrics.ejected(&address.to_string(), reason);
         }
     }
 
@@ -299,6 +295,14 @@ impl Shared {
 
     fn set_members(&self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
         self.balancer.lock().set_members(members, self.clock.now());
+    }
+
+    /// A probe of a backend has been answered.
+    fn reach(&self, address: &SocketAddr) {
+        if self.balancer.lock().reach(address, self.clock.now()) {
+            log::info!("backend returns upstream={} backend={address} by=probe", self.name);
+            self.queue.wake();
+        }
     }
 
     /// The probes' verdict on a backend has changed.

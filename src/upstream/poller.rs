@@ -18,6 +18,9 @@ use crate::prompt::BytesPerToken;
 const MODELS_INTERVAL: Duration = Duration::from_secs(10);
 const MODELS_RETRY: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether a backend has stalled, for the log alone.
+const STALLS_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A poll that is switched off still asks for models, with this patience.
 const MODELS_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -29,7 +32,9 @@ const JITTER: f64 = 0.2;
 pub(super) async fn run(upstream: &Upstream, live: &Live, mut shutdown: ShutdownWatch) {
     let client = Client::new(&upstream.config, upstream.authorization.clone());
     tokio::select! {
-        ((), ()) = async { futures::join!(metrics(upstream, &client, live), models(upstream, &client, live)) } => {}
+        _ = async {
+            futures::join!(metrics(upstream, &client, live), models(upstream, &client, live), stalls(upstream, live))
+        } => {}
         _ = shutdown.changed() => {}
     }
 }
@@ -84,6 +89,27 @@ async fn models(upstream: &Upstream, client: &Client, live: &Live) {
             _ => MODELS_RETRY,
         };
         pause(interval).await;
+    }
+}
+
+/// Says when the backend stalls and when it has stopped to. Nothing else would: a stall is a silence.
+async fn stalls(upstream: &Upstream, live: &Live) {
+    let shared = &upstream.shared;
+    let (name, backend) = (&upstream.name, &live.label);
+    let mut stalled = false;
+    loop {
+        pause(STALLS_INTERVAL).await;
+        let now = shared.balancer.lock().stalled(&live.address, shared.clock.now());
+        if now != stalled {
+            stalled = now;
+            let silent_for = upstream.config.stall_timeout;
+            match stalled {
+                true => {
+                    log::warn!("backend stalled upstream={name} backend={backend} silent_for={silent_for:?}")
+                }
+                false => log::info!("backend no longer stalled upstream={name} backend={backend}"),
+            }
+        }
     }
 }
 

@@ -144,7 +144,10 @@ impl HealthCheck for Probe {
         let probe = &self.settings.probe;
         tokio::time::sleep(probe.interval.mul_f64(JITTER * fastrand::f64())).await;
         match self.client.get(live, &self.settings.path, probe.timeout).await {
-            Ok((..500, _)) => Ok(()),
+            Ok((..500, _)) => {
+                watched.iter().for_each(|(shared, live)| shared.reach(&live.address));
+                Ok(())
+            }
             Ok((status, _)) => Error::e_explain(ErrorType::HTTPStatus(status), "probe"),
             Err(NoAnswer::Late) if self.was_heard_lately(&watched) => Ok(()),
             Err(no_answer) => Error::e_explain(ErrorType::ConnectError, format!("probe: {no_answer}")),

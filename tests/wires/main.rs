@@ -25,6 +25,8 @@ mod polls;
 #[cfg(test)]
 mod queue;
 #[cfg(test)]
+mod recovery;
+#[cfg(test)]
 mod routing;
 #[cfg(test)]
 mod streaming;
