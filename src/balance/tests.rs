@@ -258,3 +258,45 @@ fn a_backend_that_owes_answers_and_says_nothing_is_stalled_until_it_does() {
     b.settle(old.charge);
     assert!(!stalled(&mut b, at(500)), "nothing is owed");
 }
+
+fn every_policy(backends: u8) -> impl Iterator<Item = (&'static str, Balancer)> {
+    PolicyConfig::NAMES.iter().map(move |name| {
+        let mut balancer = Balancer::new(SETTINGS, PolicyConfig::by_name(name).unwrap().build(), 1);
+        balancer.set_members((0..backends).map(|n| (address(n), 1)), Time::ZERO);
+        (*name, balancer)
+    })
+}
+
+#[test]
+fn no_policy_picks_who_was_tried_or_is_ejected_while_another_is_left() {
+    let now = Time::ZERO + Duration::from_secs(1);
+    for (name, mut b) in every_policy(4) {
+        let (ejected, tried) = (slot(&b, 1), slot(&b, 2));
+        assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now).is_some()));
+        for n in 0..200 {
+            let blocks = [n, n + 1_000];
+            let pick = b.pick(&request(&blocks), &[tried], now).unwrap();
+            assert!(![ejected, tried].contains(&pick.charge.slot()), "{name}");
+            b.settle(pick.charge);
+        }
+        let all: Vec<Slot> = (0..4).map(|n| slot(&b, n)).collect();
+        assert_eq!(b.pick(&request(&[]), &all, now).unwrap_err(), NoPick::Exhausted, "{name}");
+    }
+    for (name, mut b) in every_policy(0) {
+        assert_eq!(b.pick(&request(&[]), &[], now).unwrap_err(), NoPick::Exhausted, "{name}");
+    }
+}
+
+#[test]
+fn every_policy_treats_equals_alike() {
+    for (name, mut b) in every_policy(4) {
+        let mut got = [0; 4];
+        for n in 0..4_000u64 {
+            let blocks = [n.wrapping_mul(0x9E37_79B9_7F4A_7C15)];
+            let pick = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+            got[pick.charge.slot().0 as usize] += 1;
+            b.settle(pick.charge);
+        }
+        assert!(got.iter().all(|n| (700..1_300).contains(n)), "{name}: {got:?}");
+    }
+}
