@@ -1,8 +1,8 @@
 //! A small HTTP/1.1 client: one request per connection, bodies by length, in chunks or until the end.
 //!
-//! The demo measures the balancer from outside, over a real socket, as a user's client would; more than this
-//! it does not need. Answers are read as they come, because the moment of the first token is what the demo is
-//! about.
+//! The demo and `benches/replay` measure the balancer from outside, over a real socket, as a user's client
+//! would; more than this they do not need. Answers are read as they come, because the moment of the first
+//! token is what both are about.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,10 +16,12 @@ const LINE_BYTES_MAX: u64 = 16 << 10;
 const PART_BYTES_MAX: usize = 64 << 10;
 
 /// An answer whose header has been read.
-pub(super) struct Reply {
-    pub(super) status: u16,
+#[derive(Debug)]
+pub struct Reply {
+    /// The status, as a number.
+    pub status: u16,
     /// Value of the header `x-plimsoll-backend`.
-    pub(super) backend: Option<String>,
+    pub backend: Option<String>,
     framing: Framing,
     reader: BufReader<TcpStream>,
 }
@@ -35,7 +37,10 @@ enum Framing {
 }
 
 /// Sends a request, with a JSON body if there is one, and reads the header of the answer.
-pub(super) async fn send(address: SocketAddr, method: &str, path: &str, body: &str) -> io::Result<Reply> {
+///
+/// # Errors
+/// If there is no connection, or what comes back is no HTTP.
+pub async fn send(address: SocketAddr, method: &str, path: &str, body: &str) -> io::Result<Reply> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     let length = body.len();
@@ -72,7 +77,10 @@ impl Reply {
     }
 
     /// The next bytes of the body as they came in; nothing at its end.
-    pub(super) async fn part(&mut self) -> io::Result<Option<Vec<u8>>> {
+    ///
+    /// # Errors
+    /// If the connection ends before the body, or the body is not framed as its header says.
+    pub async fn part(&mut self) -> io::Result<Option<Vec<u8>>> {
         if self.framing == Framing::Chunked(0) {
             let size = line(&mut self.reader).await?;
             let size = size.split(';').next().unwrap_or_default();
@@ -106,7 +114,10 @@ impl Reply {
     }
 
     /// The whole body as text.
-    pub(super) async fn text(mut self) -> io::Result<String> {
+    ///
+    /// # Errors
+    /// As [`Reply::part`], or if it is not UTF-8.
+    pub async fn text(mut self) -> io::Result<String> {
         let mut body = Vec::new();
         while let Some(part) = self.part().await? {
             body.extend_from_slice(&part);

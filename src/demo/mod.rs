@@ -8,7 +8,7 @@
 
 mod answer;
 mod balancer;
-mod client;
+pub mod client;
 mod endpoint;
 pub mod engine;
 mod exposition;
