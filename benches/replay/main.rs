@@ -121,8 +121,8 @@ fn introduction(pass: u32, length: Duration, slice: &Trace) -> String {
         |count: fn(&plimsoll::sim::trace::Request) -> u64| slice.requests.iter().map(count).sum::<u64>();
     let (input, output) = (sum(|request| request.prompt_tokens), sum(|request| request.output_tokens));
     format!(
-        "pass {pass}: {} requests of mooncake_conv in {} s; {:.1} M tokens in, {:.2} M out; {ENGINES} engines x \
-         {SPEED}, trace x {LOAD} x {SPEED}",
+        "pass {pass}: {} requests of mooncake_conv in {} s; {:.1} M tokens in, {:.2} M out; {ENGINES} engines \
+         x {SPEED}, trace x {LOAD} x {SPEED}; all times real, not scaled back",
         slice.requests.len(),
         length.as_secs(),
         input as f64 / 1e6,
