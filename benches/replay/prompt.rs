@@ -14,6 +14,9 @@ const TOKEN_BYTES: usize = 4;
 /// What the engine lays around the one message of a chat, `<user>\n` and `\n`, in bytes.
 const FRAME: usize = 8;
 
+/// The answer is streamed, is as long as `max_tokens` says, and ends with the engine's count.
+const OPTIONS: &str = r#""ignore_eos":true,"stream":true,"stream_options":{"include_usage":true}"#;
+
 /// The body of request `number`: a chat of one message, an answer of exactly the recorded length, streamed.
 pub fn body(trace: &Trace, number: usize) -> String {
     let request = &trace.requests[number];
@@ -27,10 +30,9 @@ pub fn body(trace: &Trace, number: usize) -> String {
     let rest = length.saturating_sub(text.len());
     write(&mut text, !(number as u64), rest);
     text.truncate(length);
-    format!(
-        r#"{{"model":"{MODEL}","messages":[{{"role":"user","content":"{text}"}}],"max_tokens":{},"ignore_eos":true,"stream":true,"stream_options":{{"include_usage":true}}}}"#,
-        request.output_tokens
-    )
+    let message = format!(r#"{{"role":"user","content":"{text}"}}"#);
+    let most = request.output_tokens;
+    format!(r#"{{"model":"{MODEL}","messages":[{message}],"max_tokens":{most},{OPTIONS}}}"#)
 }
 
 /// Appends `length` letters that are a function of `seed`.
