@@ -1,11 +1,14 @@
 //! The command line: what can be asked of the program, and what it exits with.
+//!
+//! A binary with policies of its own has the same commands: its `main` hands them to [`main_with`].
 
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+use crate::policy::Policies;
 use crate::{config, demo, server, simulate};
 
 /// The configuration is invalid (`EX_CONFIG` of sysexits.h).
@@ -49,17 +52,23 @@ enum Command {
     Simulate(simulate::SimulateOptions),
 }
 
-/// Does what the command line says.
+/// Does what the command line says, with the built-in policies.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    main_with(&Policies::default())
+}
+
+/// Does what the command line says: `run`, `check` and `simulate` know `policies`.
+pub fn main_with(policies: &Policies) -> ExitCode {
+    let command = Cli::command().mut_subcommand("simulate", |c| simulate::with_policies(c, policies));
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     let quiet = "info,pingora=warn,pingora_core=warn,pingora_proxy=error,pingora_load_balancing=error";
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(quiet)).init();
     match cli.command {
-        Command::Run { config, upgrade } => match config::load(&config) {
+        Command::Run { config, upgrade } => match config::load(&config, policies) {
             Ok(config) => exit(server::run(&config, upgrade)),
             Err(report) => invalid(&report),
         },
-        Command::Check { file } => match config::load(&file) {
+        Command::Check { file } => match config::load(&file, policies) {
             Ok(config) => say(&format!("{}: ok, {}", file.display(), summary(&config))),
             Err(report) => invalid(&report),
         },

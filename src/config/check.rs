@@ -8,20 +8,21 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::file::{Config, Listener};
-use super::report::{Flaw, suggestion};
+use super::report::{Flaw, nearest, suggestion};
 use super::strike::Reading;
 use super::tree::Path;
 use super::upstream::{Models, Upstream};
-use crate::policy::PolicyConfig;
+use crate::policy::{Policies, PolicyConfig};
 
-/// Completes `config`, which `reading` gave, with `folder` as the folder of the file; says what is wrong with
-/// it.
+/// Completes `config`, which `reading` gave, with `folder` as the folder of the file and `policies` as those
+/// that may be named; says what is wrong with it.
 pub(super) fn complete(
     config: &mut Config,
     reading: &Reading<Config>,
     folder: &std::path::Path,
+    policies: &Policies,
 ) -> Vec<Flaw> {
-    let mut check = Check { reading, folder, flaws: Vec::new() };
+    let mut check = Check { reading, folder, policies, flaws: Vec::new() };
     for path in [&mut config.server.upgrade_socket, &mut config.server.pid_file].into_iter().flatten() {
         *path = folder.join(&*path);
     }
@@ -36,6 +37,7 @@ pub(super) fn complete(
 struct Check<'a> {
     reading: &'a Reading<Config>,
     folder: &'a std::path::Path,
+    policies: &'a Policies,
     flaws: Vec<Flaw>,
 }
 
@@ -171,6 +173,7 @@ impl Check<'_> {
                 self.key(path.clone(), message, "letters, digits, `-`, `_` and `.`");
             }
             self.backends(upstream, &path);
+            self.own_policy(&mut upstream.policy, path.key("policy"));
             self.policy(upstream, &path.key("policy"));
             self.poll(upstream, &path);
             if let Some(Err(message)) = upstream.api_key.as_mut().map(|secret| secret.read(self.folder)) {
@@ -192,6 +195,33 @@ impl Check<'_> {
                 self.value(at.key("address"), message, "give it a `weight` to send it more");
             } else {
                 seen.insert(&backend.address, at);
+            }
+        }
+    }
+
+    /// Looks a policy that is not built in up among those of this binary.
+    fn own_policy(&mut self, policy: &mut PolicyConfig, path: Path) {
+        let PolicyConfig::Custom(custom) = &*policy else { return };
+        let name = custom.name();
+        let options = path.key(name);
+        match self.policies.by_name(name) {
+            Some(_) if !self.reading.is_empty(&options) => {
+                let message = format!("policy `{name}` has no options");
+                self.key(options, message, format!("`policy: {name}` is all there is to say"));
+            }
+            Some(known) => *policy = known,
+            None => {
+                let message = format!("unknown policy `{name}`");
+                let known: Vec<&str> = self.policies.names().collect();
+                let mut hint = suggestion(name, &known);
+                if nearest(name, &known).is_none() {
+                    hint += "; one of your own is known to the binary that it was built into";
+                }
+                if self.reading.is_written(&options) {
+                    self.key(options, message, hint);
+                } else {
+                    self.value(path, message, hint);
+                }
             }
         }
     }
@@ -218,7 +248,8 @@ impl Check<'_> {
             PolicyConfig::LeastConnections
             | PolicyConfig::RoundRobin
             | PolicyConfig::RandomTwo
-            | PolicyConfig::Lmetric => Vec::new(),
+            | PolicyConfig::Lmetric
+            | PolicyConfig::Custom(_) => Vec::new(),
         };
         for (key, number, least, range) in options {
             if !(number.is_finite() && number >= least) {

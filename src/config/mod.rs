@@ -32,24 +32,27 @@ pub use route::{HostPattern, ModelPattern, Route};
 pub use secret::Secret;
 pub use upstream::{Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream};
 
+pub(crate) use report::nearest;
 pub(crate) use units::parse_duration;
 
+use crate::policy::Policies;
 use place::Place;
 use strike::Reading;
 use tree::{NotATree, Tree};
 
-/// Reads, completes and checks the file at `path`. Relative paths in it are below its folder.
+/// Reads, completes and checks the file at `path`, which may name any of `policies`. Relative paths in it are
+/// below its folder.
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn load(path: &Path) -> Result<Config, Report> {
+pub fn load(path: &Path, policies: &Policies) -> Result<Config, Report> {
     let name = path.display().to_string();
     let of_file = |message: String| Report::new(&name, "", vec![Problem::of_file(message)]);
     let bytes =
         read_file(path).map_err(|error| of_file(format!("cannot read the configuration: {error}")))?;
     let folder = path.parent().unwrap_or_else(|| Path::new(""));
     match String::from_utf8(bytes) {
-        Ok(text) => parse(&name, &text, folder),
+        Ok(text) => parse(&name, &text, folder, policies),
         Err(error) => {
             let text = String::from_utf8_lossy(error.as_bytes());
             let sound = &error.as_bytes()[..error.utf8_error().valid_up_to()];
@@ -60,11 +63,12 @@ pub fn load(path: &Path) -> Result<Config, Report> {
     }
 }
 
-/// Completes and checks `text`, called `name` in the report. Relative paths in it are below `folder`.
+/// Completes and checks `text`, called `name` in the report, which may name any of `policies`. Relative paths
+/// in it are below `folder`.
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn parse(name: &str, text: &str, folder: &Path) -> Result<Config, Report> {
+pub fn parse(name: &str, text: &str, folder: &Path, policies: &Policies) -> Result<Config, Report> {
     let refused = |problem: Problem| Report::new(name, text, vec![problem]);
     if let Some((before, c)) = text.find(is_forbidden).map(|at| text.split_at(at)) {
         let code = c.chars().next().map_or(0, u32::from);
@@ -76,7 +80,7 @@ pub fn parse(name: &str, text: &str, folder: &Path) -> Result<Config, Report> {
     let mut flaws = std::mem::take(&mut reading.flaws);
     let mut config = reading.value.take();
     if let Some(config) = &mut config {
-        flaws.extend(check::complete(config, &reading, folder));
+        flaws.extend(check::complete(config, &reading, folder, policies));
     }
     match config {
         Some(config) if flaws.is_empty() => Ok(config),

@@ -142,7 +142,7 @@ pub(super) fn suggestion<S: AsRef<str>>(written: &str, known: &[S]) -> String {
 }
 
 /// The name that was probably meant: few letters away, or begun in the same way.
-pub(super) fn nearest<'a, S: AsRef<str>>(written: &str, known: &'a [S]) -> Option<&'a str> {
+pub(crate) fn nearest<'a, S: AsRef<str>>(written: &str, known: &'a [S]) -> Option<&'a str> {
     let names = || known.iter().map(AsRef::as_ref);
     let near = names()
         .map(|name| (distance(written, name), name))
@@ -255,8 +255,9 @@ mod tests {
     fn a_secret_written_where_its_source_belongs_is_not_shown() {
         for api_key in ["hunter2", "\n      hunter2", "[hunter2]", "{ env: [hunter2] }", "&x !y hunter2"] {
             let text = format!("upstreams:\n  u:\n    api_key: {api_key}\n");
-            let shown =
-                crate::config::parse("x.yaml", &text, std::path::Path::new("")).unwrap_err().to_string();
+            let policies = crate::policy::Policies::default();
+            let report = crate::config::parse("x.yaml", &text, std::path::Path::new(""), &policies);
+            let shown = report.unwrap_err().to_string();
             assert!(!shown.contains("hunter2"), "{shown}");
             assert!(shown.contains(":3:") || shown.contains(":4:"), "{shown}");
         }

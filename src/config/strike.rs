@@ -81,6 +81,15 @@ impl<T> Reading<T> {
         self.tree.at(path).is_some()
     }
 
+    /// Whether there is nothing at `path`, or nothing in it.
+    pub(super) fn is_empty(&self, path: &Path) -> bool {
+        match self.tree.at(path) {
+            None | Some(Tree::Null) => true,
+            Some(Tree::Map(entries)) => entries.is_empty(),
+            Some(_) => false,
+        }
+    }
+
     /// Where the `index`-th item that was read from the list at `path` stands in the file.
     pub(super) fn item(&self, path: &Path, index: usize) -> Path {
         let Some(Tree::List(items)) = self.tree.at(path) else { return path.item(index) };

@@ -7,20 +7,25 @@ use std::time::Duration;
 use super::decode::What;
 use super::tree::Path;
 use super::*;
-use crate::policy::PolicyConfig;
+use crate::policy::{Policies, PolicyConfig};
 
 const MINIMAL: &str = include_str!("../../conf/minimal.yaml");
 const REFERENCE: &str = include_str!("../../conf/reference.yaml");
 
 fn read(text: &str) -> Config {
-    match parse("test.yaml", text, FsPath::new("/etc/plimsoll")) {
+    match built_in(text, FsPath::new("/etc/plimsoll")) {
         Ok(config) => config,
         Err(report) => panic!("{report}"),
     }
 }
 
+/// As a binary reads it that knows the built-in policies.
+fn built_in(text: &str, folder: &FsPath) -> Result<Config, Report> {
+    parse("test.yaml", text, folder, &Policies::default())
+}
+
 fn messages(text: &str) -> Vec<String> {
-    let report = parse("test.yaml", text, FsPath::new("/nowhere")).unwrap_err();
+    let report = built_in(text, FsPath::new("/nowhere")).unwrap_err();
     report.problems().iter().map(|problem| problem.message().to_owned()).collect()
 }
 
@@ -126,6 +131,29 @@ fn both_forms_of_a_policy_are_read() {
 }
 
 #[test]
+fn a_policy_of_ones_own_is_read_by_the_binary_that_knows_it_and_refused_by_others() {
+    let policies = Policies::default().with("mine", || crate::policy::lmetric::Lmetric).unwrap();
+    let text = |policy: &str| {
+        format!("listeners: [{{address: 'a:1'}}]\nupstreams: {{u: {{backends: ['b:1'], policy: {policy}}}}}")
+    };
+    let read = |policy: &str, policies: &Policies| {
+        let read = parse("test.yaml", &text(policy), FsPath::new("/nowhere"), policies);
+        read.map(|mut config| config.upstreams.remove("u").unwrap().policy).map_err(|r| r.to_string())
+    };
+    for form in ["mine", "{ mine: {} }", "{ mine: }"] {
+        let policy = read(form, &policies).unwrap();
+        assert_eq!(policy.name(), "mine");
+        assert!(policy.build().uses_prefix_index(), "{form}: it stands for the default still");
+        let said = read(form, &Policies::default()).unwrap_err();
+        assert!(said.starts_with("error: unknown policy `mine`\n"), "{said}");
+        assert!(said.contains("known: `least_pending_tokens`, ") && said.contains("of your own"), "{said}");
+    }
+    let said = read("{ mine: { factor: 2 } }", &policies).unwrap_err();
+    assert!(said.starts_with("error: policy `mine` has no options\n"), "{said}");
+    assert!(read("mines", &policies).unwrap_err().contains("did you mean `mine`?"));
+}
+
+#[test]
 fn http2_follows_tls_unless_it_is_written() {
     let listener = |text: &str| {
         let tree = Tree::parse(&format!("listeners: [{{address: 'a:1', {text}}}]")).unwrap();
@@ -182,7 +210,7 @@ fn files_that_are_no_text_are_refused_with_their_name() {
     let folder = std::env::temp_dir().join(format!("plimsoll-config-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("latin1.yaml"), b"# ok\na: \xe9\n").unwrap();
-    let shown = |name: &str| load(&folder.join(name)).unwrap_err().to_string();
+    let shown = |name: &str| load(&folder.join(name), &Policies::default()).unwrap_err().to_string();
     assert!(shown("absent.yaml").contains("absent.yaml") && shown("absent.yaml").contains("No such file"));
     assert!(shown("").contains("directory"), "{}", shown(""));
     assert!(shown("latin1.yaml").contains("latin1.yaml:2:4"), "{}", shown("latin1.yaml"));
@@ -201,7 +229,7 @@ fn a_key_and_a_certificate_that_are_swapped_are_told_apart() {
         let tls = format!("{{certificate: {certificate}, key: {key}}}");
         let text =
             format!("listeners: [{{address: 'a:1', tls: {tls}}}]\nupstreams: {{u: {{backends: ['b:1']}}}}");
-        parse("test.yaml", &text, &folder).map_err(|report| report.to_string())
+        built_in(&text, &folder).map_err(|report| report.to_string())
     };
     assert_eq!(
         check("cert.pem", "key.pem").unwrap().listeners[0].tls.as_ref().unwrap().key,
@@ -221,7 +249,7 @@ fn no_mutilated_file_makes_the_reader_panic_or_lose_its_place() {
     let mut refused = 0;
     for seed in 0..ROUNDS {
         let text = mutilated(&whole, &mut fastrand::Rng::with_seed(seed));
-        let read = std::panic::catch_unwind(|| parse("test.yaml", &text, FsPath::new("/nowhere")));
+        let read = std::panic::catch_unwind(|| built_in(&text, FsPath::new("/nowhere")));
         let Ok(result) = read else { panic!("seed {seed} panics on:\n{text}") };
         let Err(report) = result else { continue };
         refused += 1;

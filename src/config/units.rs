@@ -17,10 +17,11 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{
-    DeserializeSeed, Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
+    DeserializeSeed, Deserializer, Error, IgnoredAny, IntoDeserializer, MapAccess, SeqAccess, Unexpected,
+    Visitor,
 };
 
-use crate::policy::PolicyConfig;
+use crate::policy::{Custom, PolicyConfig};
 
 /// A duration such as `30s`.
 pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -79,7 +80,8 @@ pub(super) fn one_or_many<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
     deserializer.deserialize_any(OneOrMany(PhantomData))
 }
 
-/// The name of a policy, or a map of that one name to the policy's options.
+/// The name of a policy, or a map of that one name to the policy's options. A name that is not built in is
+/// looked up by `check`.
 pub(super) fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PolicyConfig, D::Error> {
     deserializer.deserialize_any(NameOrMap)
 }
@@ -290,7 +292,7 @@ impl<'de> Visitor<'de> for NameOrMap {
     }
 
     fn visit_str<E: Error>(self, name: &str) -> Result<PolicyConfig, E> {
-        PolicyConfig::by_name(name).ok_or_else(|| E::unknown_variant(name, PolicyConfig::NAMES))
+        Ok(named(name))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PolicyConfig, A::Error> {
@@ -308,6 +310,10 @@ impl<'de> Visitor<'de> for NameOrMap {
                 let NoOptions {} = map.next_value()?;
                 plain
             }
+            custom @ PolicyConfig::Custom(_) => {
+                let IgnoredAny = map.next_value()?;
+                custom
+            }
         };
         match map.next_key_seed(PolicyName)? {
             None => Ok(policy),
@@ -321,16 +327,19 @@ impl<'de> Visitor<'de> for NameOrMap {
 #[serde(deny_unknown_fields)]
 struct NoOptions {}
 
-/// The key of a policy map, refused as a key if it is no policy.
+/// The key of a policy map.
 struct PolicyName;
 
 impl<'de> DeserializeSeed<'de> for PolicyName {
     type Value = PolicyConfig;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<PolicyConfig, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        PolicyConfig::by_name(&name).ok_or_else(|| Error::unknown_variant(&name, PolicyConfig::NAMES))
+        String::deserialize(deserializer).map(|name| named(&name))
     }
+}
+
+fn named(name: &str) -> PolicyConfig {
+    PolicyConfig::by_name(name).unwrap_or_else(|| PolicyConfig::Custom(Custom::unregistered(name)))
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ pub struct Upstream {
     /// anything else that speaks the API, which then has no metrics to read. Default openai.
     pub engine: Engine,
     /// How a backend is chosen: `least_pending_tokens`, `prefix_hash`, `least_connections`, `round_robin`,
-    /// `random_two`, or a map of one of them to its options. Default least_pending_tokens.
+    /// `random_two`, `lmetric`, `blend`, one of this binary's own, or a map of one of them to its options.
+    /// Default least_pending_tokens.
     #[serde(deserialize_with = "units::policy")]
     pub policy: PolicyConfig,
     /// What the backends serve. Default discover.

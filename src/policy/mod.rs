@@ -4,9 +4,37 @@
 //! counters, reads no clock and draws its randomness from an argument, so the simulator and the proxy run the
 //! very same code and a seed replays a run.
 //!
-//! To add one: a file here with its options, its formula and its tests, and one variant in [`PolicyConfig`];
-//! the compiler asks for the rest. Most policies are a [`Policy::cost`]; only those whose answer is not "the
-//! cheapest" (taking turns, hashing) override [`Policy::choose`].
+//! There are three ways to a rule of one's own:
+//!
+//! 1. YAML: the options of a policy, or [`blend`], a sum of the costs of others.
+//! 2. A built-in policy: a file here with its options, its formula and its tests, and one variant in
+//!    [`PolicyConfig`]; the compiler asks for the rest.
+//! 3. A binary of one's own on this library: a type that is a [`Policy`], registered under a name in
+//!    [`Policies`], which [`crate::cli::main_with`] makes known to `run`, `check` and `simulate`.
+//!    `examples/two_lanes.rs` is a whole one.
+//!
+//! Most policies are a [`Policy::cost`]; only those whose answer is not "the cheapest" (taking turns, hashing)
+//! override [`Policy::choose`].
+//!
+//! # What is called when
+//!
+//! | call | when | how often |
+//! |---|---|---|
+//! | the constructor | as an upstream is made | once per upstream, so none shares its state with another |
+//! | [`Policy::rebuild`] | before the first choice, then when a backend joins, leaves or changes its weight | rarely |
+//! | [`Policy::uses_prefix_index`] | around each choice | must always give the same answer |
+//! | [`Policy::choose`] | for each attempt of a request to reach a backend | once; a retry asks again |
+//! | [`Policy::cost`] | by the default `choose` | once per candidate |
+//!
+//! **Who is a candidate** is settled before: a backend that is full or was tried by this request is never
+//! offered, one that is down, ejected or cooling only if nothing else is left. The one that is chosen is
+//! charged in the same step, so the next choice sees its figures already raised; a policy counts nothing
+//! itself.
+//!
+//! **Under a lock.** All calls but the first hold the lock of the upstream, one at a time: a policy needs no
+//! lock of its own, and whatever it waits for, every request of the upstream waits for. So no I/O and no
+//! blocking; a microsecond per candidate is seen in the latency of every request. A panic costs the request
+//! that met it, and leaves the policy as it was at that moment.
 
 pub mod blend;
 pub mod least_connections;
@@ -14,9 +42,12 @@ pub mod least_pending_tokens;
 pub mod lmetric;
 pub mod prefix_hash;
 pub mod random_two;
+mod registry;
 pub mod round_robin;
 
 use std::net::SocketAddr;
+
+pub use registry::{Custom, NameRefused, Policies};
 
 /// What a policy may know of a request.
 #[derive(Clone, Copy, Debug)]
@@ -156,28 +187,46 @@ pub struct Choice {
     pub reason: Reason,
 }
 
-/// A balancing rule.
+/// A balancing rule. The [module](self) says what is called when, and under which lock.
+///
+/// ```
+/// use plimsoll::policy::{Candidate, Fleet, Policy, Request};
+///
+/// /// The backend with the least context in flight, per unit of weight.
+/// struct LeastContext;
+///
+/// impl Policy for LeastContext {
+///     fn cost(&self, request: &Request<'_>, candidate: &Candidate, _fleet: &Fleet) -> f64 {
+///         (candidate.context_tokens + request.prompt_tokens) as f64 / candidate.weight
+///     }
+/// }
+/// ```
 pub trait Policy: Send {
-    /// What it would cost to send `request` to `candidate`; less is better, only differences matter.
+    /// What it would cost to send `request` to `candidate`, in any unit; less is better, and only differences
+    /// matter. Weights are honoured by dividing by [`Candidate::weight`]: nobody else does.
+    ///
+    /// `f64::INFINITY` means "only if all others are infinite too". NaN is never the least.
     fn cost(&self, request: &Request<'_>, candidate: &Candidate, fleet: &Fleet) -> f64;
 
-    /// Chooses among `candidates`, of which there is at least one. The default is the least cost, random
-    /// among ties.
+    /// Chooses among `candidates`, of which there is at least one, in no order that means anything; the index
+    /// must be one of theirs. The default is the least cost, random among ties. Whoever overrides it takes
+    /// all randomness from `rng` (of the crate `fastrand`), so that a seed still replays a run.
     fn choose(&mut self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
         cheapest(self, request, candidates, rng)
     }
 
-    /// The set of backends, or a weight, has changed: rebuild rings and the like.
+    /// The set of backends, or a weight, has changed: rebuild rings and the like. `members` are all that are
+    /// configured, whether they are up or not.
     fn rebuild(&mut self, _members: &[Member]) {}
 
     /// Whether [`Candidate::uncached_tokens`] should be looked up in the prefix index. If not, it is the
-    /// whole prompt.
+    /// whole prompt, and nothing is remembered of where prompts went.
     fn uses_prefix_index(&self) -> bool {
         false
     }
 }
 
-/// The registry of policies, as configured.
+/// A policy as configured: which one, and its options.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PolicyConfig {
     /// See [`least_pending_tokens`].
@@ -194,10 +243,12 @@ pub enum PolicyConfig {
     Lmetric,
     /// See [`blend`].
     Blend(blend::Options),
+    /// One that is not built in: see [`Policies`].
+    Custom(Custom),
 }
 
 impl PolicyConfig {
-    /// The names of all policies, as written in YAML.
+    /// The names of the built-in policies, as written in YAML.
     pub const NAMES: &[&str] = &[
         "least_pending_tokens",
         "prefix_hash",
@@ -209,7 +260,7 @@ impl PolicyConfig {
     ];
 
     /// The policy's name, as written in YAML.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> &str {
         match self {
             Self::LeastPendingTokens(_) => "least_pending_tokens",
             Self::PrefixHash(_) => "prefix_hash",
@@ -218,10 +269,11 @@ impl PolicyConfig {
             Self::RandomTwo => "random_two",
             Self::Lmetric => "lmetric",
             Self::Blend(_) => "blend",
+            Self::Custom(custom) => custom.name(),
         }
     }
 
-    /// The policy of that name with its default options; `None` if there is none.
+    /// The built-in policy of that name with its default options; `None` if there is none.
     pub fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "least_pending_tokens" => Self::LeastPendingTokens(least_pending_tokens::Options::default()),
@@ -247,6 +299,7 @@ impl PolicyConfig {
             Self::RandomTwo => Box::new(random_two::RandomTwo),
             Self::Lmetric => Box::new(lmetric::Lmetric),
             Self::Blend(options) => Box::new(blend::Blend::new(options)),
+            Self::Custom(custom) => custom.build(),
         }
     }
 }

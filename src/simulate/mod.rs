@@ -16,9 +16,9 @@ use serde_json::json;
 
 use self::capacity::SPEEDUPS;
 use self::table::{Limit, Run};
-use crate::config::parse_duration;
+use crate::config::{nearest, parse_duration};
 use crate::demo::engine::hardware;
-use crate::policy::PolicyConfig;
+use crate::policy::{Policies, PolicyConfig};
 use crate::sim::fleet::{Scenario, Scrape, replay};
 use crate::sim::hardware::Hardware;
 use crate::sim::proxies::{Fleet, Proxies};
@@ -42,7 +42,7 @@ pub struct SimulateOptions {
     #[arg(long, value_name = "FACTOR", default_value = "1", value_parser = speedup)]
     pub speedup: f64,
     /// The policies to compare, with their default options.
-    #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = policy,
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_parser = built_in,
           default_value = "round_robin,least_connections,least_pending_tokens")]
     pub policy: Vec<PolicyConfig>,
     /// How many seeds to run each policy with: 1 to K.
@@ -66,6 +66,13 @@ const TRACES: &str = "A trace begins with {\"trace\": NAME, \"block_tokens\": N}
 {\"t\": MS, \"in\": PROMPT_TOKENS, \"out\": OUTPUT_TOKENS, \"h\": [BLOCK_IDS]}. Prompts share a prefix for as long \
 as their block ids agree. Mooncake's own format, {\"timestamp\", \"input_length\", \"output_length\", \
 \"hash_ids\"}, is read as it is.";
+
+/// `command`, the arguments of which are [`SimulateOptions`], with a `--policy` that may name any of
+/// `policies`.
+pub fn with_policies(command: clap::Command, policies: &Policies) -> clap::Command {
+    let policies = policies.clone();
+    command.mut_arg("policy", |arg| arg.value_parser(move |name: &str| policy(name, &policies)))
+}
 
 /// Simulates, and returns what to print.
 ///
@@ -91,7 +98,7 @@ impl Simulation<'_> {
         let speedup = self.options.speedup;
         let run = |(policy, seed): (&PolicyConfig, u64)| {
             let figures = self.replay(policy, seed, speedup);
-            Run { policy: policy.name(), seed, figures }
+            Run { policy: policy.name().to_owned(), seed, figures }
         };
         let runs: Vec<Run> = self.asked().map(run).collect();
         self.progress.clear();
@@ -108,7 +115,7 @@ impl Simulation<'_> {
         let share = self.options.slo.share;
         let limit = |(policy, seed): (&PolicyConfig, u64)| {
             let keeps = |speedup| self.replay(policy, seed, speedup).good_share() >= share;
-            Limit { policy: policy.name(), seed, speedup: capacity::largest(keeps) }
+            Limit { policy: policy.name().to_owned(), seed, speedup: capacity::largest(keeps) }
         };
         let limits: Vec<Limit> = self.asked().map(limit).collect();
         self.progress.clear();
@@ -237,9 +244,16 @@ fn speedup(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|factor| SPEEDUPS.contains(factor)).ok_or_else(range)
 }
 
-fn policy(name: &str) -> Result<PolicyConfig, String> {
-    PolicyConfig::by_name(name)
-        .ok_or_else(|| format!("no such policy, known are {}", PolicyConfig::NAMES.join(", ")))
+fn built_in(name: &str) -> Result<PolicyConfig, String> {
+    policy(name, &Policies::default())
+}
+
+fn policy(name: &str, policies: &Policies) -> Result<PolicyConfig, String> {
+    policies.by_name(name).ok_or_else(|| {
+        let names: Vec<&str> = policies.names().collect();
+        let meant = nearest(name, &names).map_or_else(String::new, |name| format!("did you mean {name}? "));
+        format!("no such policy, {meant}known are {}", names.join(", "))
+    })
 }
 
 fn slo(text: &str) -> Result<Slo, String> {

@@ -10,7 +10,7 @@ use crate::sim::report::{Figures, Samples};
 /// The figures of one policy under one seed.
 #[derive(Clone, Debug)]
 pub(super) struct Run {
-    pub(super) policy: &'static str,
+    pub(super) policy: String,
     pub(super) seed: u64,
     pub(super) figures: Figures,
 }
@@ -18,7 +18,7 @@ pub(super) struct Run {
 /// The largest speed-up one policy keeps the SLO at, under one seed.
 #[derive(Clone, Debug)]
 pub(super) struct Limit {
-    pub(super) policy: &'static str,
+    pub(super) policy: String,
     pub(super) seed: u64,
     pub(super) speedup: Option<f64>,
 }
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_policy_is_compared_with_the_first_under_the_same_seed() {
-        let limit = |policy, seed, speedup| Limit { policy, seed, speedup };
+        let limit = |policy: &str, seed, speedup| Limit { policy: policy.to_owned(), seed, speedup };
         let text = limits(&[
             limit("round_robin", 1, Some(1.5)),
             limit("round_robin", 2, None),
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn a_run_without_answers_shows_dashes_and_says_why() {
         let figures = Figures { requests: 2, refused: 2, ..Figures::default() };
-        let found = [Run { policy: "lmetric", seed: 1, figures }];
+        let found = [Run { policy: "lmetric".to_owned(), seed: 1, figures }];
         let text = runs(&found);
         assert_eq!(text.lines().nth(2).map(|line| line.matches(" -").count()), Some(12), "{text}");
         assert!(text.ends_with("2 requests exceed the engine's KV memory and were refused\n"), "{text}");
