@@ -21,6 +21,8 @@ mod health;
 #[cfg(test)]
 mod hygiene;
 #[cfg(test)]
+mod own_policy;
+#[cfg(test)]
 mod polls;
 #[cfg(test)]
 mod queue;

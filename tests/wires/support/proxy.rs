@@ -16,6 +16,14 @@ pub fn binary() -> PathBuf {
     std::env::var_os("PLIMSOLL_BIN").map_or_else(|| env!("CARGO_BIN_EXE_plimsoll").into(), PathBuf::from)
 }
 
+/// One of `examples/`, which cargo builds beside the binary of a whole `cargo test`.
+pub fn example(name: &str) -> PathBuf {
+    let beside = Path::new(env!("CARGO_BIN_EXE_plimsoll")).with_file_name("examples").join(name);
+    let path = beside.with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.exists(), "{} is missing: build it with `cargo build --examples`", path.display());
+    path
+}
+
 /// A new empty folder below cargo's folder for the files of tests.
 pub fn folder() -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -38,7 +46,12 @@ pub struct Proxy {
 impl Proxy {
     /// Starts a proxy whose configuration is the listeners followed by `rest`, and waits until it is ready.
     pub async fn start(rest: &str) -> Self {
-        let mut proxy = Self::spawn(rest, &[]);
+        Self::start_binary(&binary(), rest).await
+    }
+
+    /// The same, run by another binary on our library.
+    pub async fn start_binary(binary: &Path, rest: &str) -> Self {
+        let mut proxy = Self::spawn_binary(binary, rest, &[]);
         proxy.listens().await;
         wait_until("the proxy to be ready", async || {
             proxy.admin(&Request::get("/readyz")).await.status == 200
@@ -60,6 +73,10 @@ impl Proxy {
 
     /// Starts a proxy with further environment variables, not waiting for anything.
     pub fn spawn(rest: &str, environment: &[(&str, &str)]) -> Self {
+        Self::spawn_binary(&binary(), rest, environment)
+    }
+
+    fn spawn_binary(binary: &Path, rest: &str, environment: &[(&str, &str)]) -> Self {
         let folder = folder();
         tls::write_pem(&folder);
         let (plain, h2c, tls, admin) = (Port::take(), Port::take(), Port::take(), Port::take());
@@ -73,7 +90,7 @@ impl Proxy {
         );
         let file = folder.join("plimsoll.yaml");
         std::fs::write(&file, listeners + rest).expect("a writable folder");
-        let child = Command::new(binary())
+        let child = Command::new(binary)
             .args(["run", "--config"])
             .arg(&file)
             .env("RUST_LOG", "info,plimsoll=debug")
