@@ -27,9 +27,9 @@
 //! | [`Policy::cost`] | by the default `choose` | once per candidate |
 //!
 //! **Who is a candidate** is settled before: a backend that is full or was tried by this request is never
-//! offered, one that is down, ejected or cooling only if nothing else is left. The one that is chosen is
-//! charged in the same step, so the next choice sees its figures already raised; a policy counts nothing
-//! itself.
+//! offered, one that is strained, down, ejected or cooling only if nothing else is left. The one that is
+//! chosen is charged in the same step, so the next choice sees its figures already raised; a policy counts
+//! nothing itself.
 //!
 //! **Under a lock.** All calls but the first hold the lock of the upstream, one at a time: a policy needs no
 //! lock of its own, and whatever it waits for, every request of the upstream waits for. So no I/O and no
@@ -67,7 +67,7 @@ pub struct Request<'a> {
 pub struct Candidate {
     /// Names the backend; stable for as long as anything of it is in flight.
     pub slot: Slot,
-    /// Configured weight; above 0.
+    /// Configured weight, or a part of it while the backend starts slowly; above 0.
     pub weight: f64,
     /// P: uncached prompt tokens charged and not yet answered by a first content byte.
     pub pending_tokens: u64,
