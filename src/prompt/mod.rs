@@ -11,7 +11,6 @@ mod json;
 mod prefix;
 mod price;
 mod request;
-mod scan;
 mod sse;
 mod stream_error;
 mod usage;

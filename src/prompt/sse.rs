@@ -9,8 +9,9 @@
 //!
 //! An event that lies within one chunk is borrowed from it; only what straddles chunks is copied.
 
+use memchr::memchr2;
+
 use super::event::Event;
-use super::scan::find_either;
 
 /// The most bytes of one event that are looked at; the rest is passed over and the event flagged as
 /// truncated.
@@ -84,7 +85,7 @@ impl Sse {
                 at += 1;
                 continue;
             }
-            let Some(length) = find_either(&bytes[at..], b'\n', b'\r') else {
+            let Some(length) = memchr2(b'\n', b'\r', &bytes[at..]) else {
                 self.in_line = true;
                 return None;
             };
@@ -104,7 +105,7 @@ fn dispatch(block: &[u8], truncated: bool, joined: &mut Vec<u8>, on_event: &mut 
     let (mut data, mut name, mut comment, mut lines) = (&b""[..], &b""[..], false, 0_usize);
     let mut rest = block;
     while !rest.is_empty() {
-        let length = find_either(rest, b'\n', b'\r').unwrap_or(rest.len());
+        let length = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
         let line = &rest[..length];
         rest = rest.get(length + 1..).unwrap_or_default();
         if let Some(value) = field(line, b"data") {

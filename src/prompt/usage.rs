@@ -6,6 +6,8 @@
 //! searches them once, backwards, for the last key `"usage"` whose value is an object that counts tokens.
 //! Generated text cannot pose as one: inside a JSON string every quote is escaped.
 
+use memchr::memmem;
+
 use super::json::{Cursor, Value};
 
 /// The key, with its quotes.
@@ -27,7 +29,7 @@ impl Usage {
     pub fn from_tail(tail: &[u8]) -> Option<Self> {
         let mut end = tail.len();
         loop {
-            let at = tail[..end].windows(KEY.len()).rposition(|window| window == KEY)?;
+            let at = memmem::rfind(&tail[..end], KEY)?;
             let escapes = tail[..at].iter().rev().take_while(|&&byte| byte == b'\\').count();
             let mut value = Cursor::new(&tail[at + KEY.len()..]);
             let usage = value.take(b':').and_then(|()| Self::read(&mut value));
