@@ -15,7 +15,7 @@
 //! The ring is walked to its end if need be, so every backend can be reached whatever the number of points. A
 //! request without a key (a prompt shorter than one block) goes to the least busy backend.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use pingora_ketama::{Bucket, Continuum, DEFAULT_POINT_MULTIPLE};
@@ -48,7 +48,12 @@ pub struct PrefixHash {
     points: usize,
     slots: HashMap<SocketAddr, Slot>,
     popularity: Popularity,
+    /// By slot: the index of its candidate, or `ABSENT`. Scratch space of `choose`.
+    places: Vec<u32>,
 }
+
+/// No candidate, or one that was asked already.
+const ABSENT: u32 = u32::MAX;
 
 impl PrefixHash {
     /// The policy, without backends yet.
@@ -59,6 +64,7 @@ impl PrefixHash {
             points: 0,
             slots: HashMap::new(),
             popularity: Popularity::default(),
+            places: Vec::new(),
         }
     }
 
@@ -69,10 +75,12 @@ impl PrefixHash {
         }
         self.popularity.key(request.blocks, self.slots.len())
     }
+}
 
+impl Options {
     fn has_room(&self, candidate: &Candidate, fleet: &Fleet) -> bool {
         let mean = candidate.weight * (fleet.active_requests + 1) as f64 / fleet.weight;
-        f64::from(candidate.active_requests) < (self.options.load_factor * mean).ceil()
+        f64::from(candidate.active_requests) < (self.load_factor * mean).ceil()
     }
 }
 
@@ -87,19 +95,26 @@ impl Policy for PrefixHash {
             return Choice { index: 0, reason: Reason::Only };
         }
         let fleet = Fleet::of(candidates);
-        let index_of: HashMap<Slot, usize> =
-            candidates.iter().enumerate().map(|(i, c)| (c.slot, i)).collect();
-        let mut visited = HashSet::with_capacity(candidates.len());
-        for address in self.ring.node_iter(&key.to_be_bytes()).take(self.points) {
-            let Some(&index) = self.slots.get(address).and_then(|slot| index_of.get(slot)) else { continue };
-            if !visited.insert(index) {
-                continue;
+        self.places.fill(ABSENT);
+        for (index, slot) in (0u32..).zip(candidates.iter().map(|c| c.slot.0 as usize)) {
+            if slot >= self.places.len() {
+                self.places.resize(slot + 1, ABSENT);
             }
-            if self.has_room(&candidates[index], &fleet) {
-                let reason = if visited.len() == 1 { Reason::Home } else { Reason::Overflow };
+            self.places[slot] = index;
+        }
+        let mut asked = 0;
+        for address in self.ring.node_iter(&key.to_be_bytes()).take(self.points) {
+            let Some(slot) = self.slots.get(address) else { continue };
+            let Some(place) = self.places.get_mut(slot.0 as usize).filter(|at| **at != ABSENT) else {
+                continue;
+            };
+            let index = std::mem::replace(place, ABSENT) as usize;
+            asked += 1;
+            if self.options.has_room(&candidates[index], &fleet) {
+                let reason = if asked == 1 { Reason::Home } else { Reason::Overflow };
                 return Choice { index, reason };
             }
-            if visited.len() == candidates.len() {
+            if asked == candidates.len() {
                 break;
             }
         }
