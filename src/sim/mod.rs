@@ -9,6 +9,7 @@
 //! an [`oracle`].
 
 mod blocks;
+pub mod capacity;
 pub mod fleet;
 pub mod hardware;
 pub mod oracle;

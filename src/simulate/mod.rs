@@ -5,7 +5,6 @@
 //! all figures; or `--capacity`, which looks for the largest speed-up at which the SLO is still kept. The
 //! whole trace is read and checked before anything runs; the same command prints the same bytes every time.
 
-mod capacity;
 mod file;
 mod table;
 
@@ -14,11 +13,11 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use self::capacity::SPEEDUPS;
 use self::table::{Limit, Run};
 use crate::config::{nearest, parse_duration};
 use crate::demo::engine::hardware;
 use crate::policy::{Policies, PolicyConfig};
+use crate::sim::capacity::{self, SPEEDUPS};
 use crate::sim::fleet::{Scenario, Scrape, replay};
 use crate::sim::hardware::Hardware;
 use crate::sim::proxies::{Fleet, Proxies};

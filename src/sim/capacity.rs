@@ -6,12 +6,12 @@
 //! (research/routing.md s.8).
 
 /// The speed-ups that are looked at.
-pub(super) const SPEEDUPS: std::ops::RangeInclusive<f64> = 0.01..=1000.0;
+pub const SPEEDUPS: std::ops::RangeInclusive<f64> = 0.01..=1000.0;
 
 const HALVINGS: u32 = 7;
 
 /// The largest speed-up found for which `keeps` is true; nothing if there is none.
-pub(super) fn largest(mut keeps: impl FnMut(f64) -> bool) -> Option<f64> {
+pub fn largest(mut keeps: impl FnMut(f64) -> bool) -> Option<f64> {
     let (mut low, mut high) = (1.0, 1.0);
     if keeps(low) {
         loop {
