@@ -48,7 +48,7 @@ enum Command {
     Demo(demo::DemoOptions),
     /// Run one simulated engine that speaks vLLM's dialect.
     Engine(demo::engine::EngineOptions),
-    /// Replay recorded traffic in virtual time: which policy serves it best, and how much of it.
+    /// Replay recorded or made-up traffic in virtual time: which policy serves it best, and how much of it.
     Simulate(simulate::SimulateOptions),
 }
 
@@ -74,8 +74,9 @@ pub fn main_with(policies: &Policies) -> ExitCode {
         },
         Command::Demo(options) => exit(demo::run_demo(&options)),
         Command::Engine(options) => exit(demo::engine::run_engine(options)),
-        Command::Simulate(options) => match simulate::simulate(&options) {
+        Command::Simulate(options) => match simulate::simulate(&options, policies) {
             Ok(found) => say(found.trim_end()),
+            Err(simulate::Failure::Invalid(report)) => invalid(&report),
             Err(why) => exit(Err(why)),
         },
     }

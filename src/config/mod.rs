@@ -13,6 +13,7 @@
 mod check;
 mod decode;
 pub mod file;
+mod hardware;
 mod place;
 pub mod report;
 pub mod route;
@@ -36,7 +37,9 @@ pub(crate) use report::nearest;
 pub(crate) use units::parse_duration;
 
 use crate::policy::Policies;
+use crate::sim::hardware::Hardware;
 use place::Place;
+use report::Flaw;
 use strike::Reading;
 use tree::{NotATree, Tree};
 
@@ -47,20 +50,8 @@ use tree::{NotATree, Tree};
 /// Everything that is wrong with it.
 pub fn load(path: &Path, policies: &Policies) -> Result<Config, Report> {
     let name = path.display().to_string();
-    let of_file = |message: String| Report::new(&name, "", vec![Problem::of_file(message)]);
-    let bytes =
-        read_file(path).map_err(|error| of_file(format!("cannot read the configuration: {error}")))?;
     let folder = path.parent().unwrap_or_else(|| Path::new(""));
-    match String::from_utf8(bytes) {
-        Ok(text) => parse(&name, &text, folder, policies),
-        Err(error) => {
-            let text = String::from_utf8_lossy(error.as_bytes());
-            let sound = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-            let place = Place::end_of(&String::from_utf8_lossy(sound));
-            let message = "not UTF-8 from here on".to_owned();
-            Err(Report::new(&name, &text, vec![Problem::of_text(message, String::new(), place)]))
-        }
-    }
+    parse(&name, &read_text(path, &name, "configuration")?, folder, policies)
 }
 
 /// Completes and checks `text`, called `name` in the report, which may name any of `policies`. Relative paths
@@ -69,6 +60,42 @@ pub fn load(path: &Path, policies: &Policies) -> Result<Config, Report> {
 /// # Errors
 /// Everything that is wrong with it.
 pub fn parse(name: &str, text: &str, folder: &Path, policies: &Policies) -> Result<Config, Report> {
+    decode(name, text, |mut config, reading| {
+        let flaws = check::complete(&mut config, reading, folder, policies);
+        (Some(config), flaws)
+    })
+}
+
+/// Reads the constants of an engine for the simulator from the file at `path`.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn load_hardware(path: &Path) -> Result<Hardware, Report> {
+    let name = path.display().to_string();
+    decode(&name, &read_text(path, &name, "constants of an engine")?, hardware::complete)
+}
+
+/// The text of the file at `path`, called `name`, which holds `what`.
+fn read_text(path: &Path, name: &str, what: &str) -> Result<String, Report> {
+    let bytes = read_file(path).map_err(|error| {
+        Report::new(name, "", vec![Problem::of_file(format!("cannot read the {what}: {error}"))])
+    })?;
+    String::from_utf8(bytes).map_err(|error| {
+        let text = String::from_utf8_lossy(error.as_bytes());
+        let sound = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let place = Place::end_of(&String::from_utf8_lossy(sound));
+        let message = "not UTF-8 from here on".to_owned();
+        Report::new(name, &text, vec![Problem::of_text(message, String::new(), place)])
+    })
+}
+
+/// Reads a `T` from `text`, called `name` in the report, and lets `complete` make a `U` of it, or say what is
+/// wrong with it.
+fn decode<T: for<'de> serde::Deserialize<'de>, U>(
+    name: &str,
+    text: &str,
+    complete: impl FnOnce(T, &Reading<T>) -> (Option<U>, Vec<Flaw>),
+) -> Result<U, Report> {
     let refused = |problem: Problem| Report::new(name, text, vec![problem]);
     if let Some((before, c)) = text.find(is_forbidden).map(|at| text.split_at(at)) {
         let code = c.chars().next().map_or(0, u32::from);
@@ -78,12 +105,14 @@ pub fn parse(name: &str, text: &str, folder: &Path, policies: &Policies) -> Resu
     let tree = Tree::parse(text).map_err(|error| refused(not_yaml(&error, text)))?;
     let mut reading = Reading::of(tree);
     let mut flaws = std::mem::take(&mut reading.flaws);
-    let mut config = reading.value.take();
-    if let Some(config) = &mut config {
-        flaws.extend(check::complete(config, &reading, folder, policies));
+    let mut whole = None;
+    if let Some(read) = reading.value.take() {
+        let (completed, more) = complete(read, &reading);
+        flaws.extend(more);
+        whole = completed;
     }
-    match config {
-        Some(config) if flaws.is_empty() => Ok(config),
+    match whole {
+        Some(whole) if flaws.is_empty() => Ok(whole),
         _ => {
             let problems = flaws.into_iter().map(|flaw| Problem::placed(flaw, text)).collect();
             Err(Report::new(name, text, problems))

@@ -16,7 +16,7 @@ use std::time::Duration;
 /// One model on one GPU (or a tensor-parallel group of them) as its engine is usually started.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hardware {
-    /// Name on the command line.
+    /// Name on the command line; that of constants from a file is none of these.
     pub name: &'static str,
     /// Milliseconds of any step.
     pub base_ms: f64,
@@ -83,6 +83,17 @@ impl Hardware {
         row("llama-70b-8xh100", [10.0, 0.0365, 5.7e-7, 0.0233, 1.37e-5], 1_270_000, HOPPER),
         row("llama-70b-4xa100", [27.8, 0.151, 3.6e-6, 0.0996, 5.5e-5], 415_000, AMPERE),
     ];
+
+    /// The names of all rows.
+    pub const NAMES: [&'static str; 8] = {
+        let mut names = [""; 8];
+        let mut index = 0;
+        while index < names.len() {
+            names[index] = Self::ALL[index].name;
+            index += 1;
+        }
+        names
+    };
 
     /// The row called `name`.
     pub fn named(name: &str) -> Option<Self> {
@@ -164,5 +175,6 @@ mod tests {
             assert_eq!(Hardware::named(row.name), Some(row));
         }
         assert_eq!(Hardware::named("abacus"), None);
+        assert_eq!(Hardware::NAMES.map(Hardware::named), Hardware::ALL.map(Some));
     }
 }

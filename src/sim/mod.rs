@@ -16,5 +16,6 @@ pub mod oracle;
 pub mod proxies;
 pub mod replica;
 pub mod report;
+pub mod sessions;
 pub mod trace;
 pub mod workload;

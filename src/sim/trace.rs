@@ -186,9 +186,14 @@ impl Line {
     }
 }
 
+/// The hash of a block with this id, after the block with the hash `parent`.
+pub(super) fn chained(parent: u64, id: u64) -> u64 {
+    xxh3_64_with_seed(&id.to_le_bytes(), parent)
+}
+
 fn chain(ids: &[u64]) -> Vec<u64> {
     let extend = |parent: &mut u64, id: &u64| {
-        *parent = xxh3_64_with_seed(&id.to_le_bytes(), *parent);
+        *parent = chained(*parent, *id);
         Some(*parent)
     };
     ids.iter().scan(0, extend).collect()
