@@ -125,7 +125,8 @@ impl Setup {
     pub(super) fn new(options: &SimulateOptions, policies: &Policies) -> Result<Self, Failure> {
         let upstream = options.config.as_deref().map(|path| upstream(path, options, policies)).transpose()?;
         let upstream = upstream.as_ref();
-        let count = upstream.map_or(usize::from(options.replicas), |upstream| upstream.backends.len());
+        let count =
+            upstream.map_or_else(|| usize::from(options.replicas), |upstream| upstream.backends.len());
         let speeds = speeds(options, count)?;
         let mut weights = upstream.map_or_else(
             || vec![1; count],
