@@ -9,12 +9,14 @@
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use plimsoll::balance::ledger::Charge;
+use plimsoll::balance::pulse::Pulse;
 use plimsoll::balance::{Balancer, Settings, ejection};
 use plimsoll::clock::Time;
 use plimsoll::policy::{PolicyConfig, Request};
@@ -28,6 +30,8 @@ const IN_FLIGHT: usize = 4;
 const SETTINGS: Settings = Settings {
     ejection: ejection::Rule { max_fails: 3, fail_timeout: Duration::from_secs(30) },
     max_requests: None,
+    slow_start: Duration::from_secs(10),
+    stall_timeout: Duration::from_secs(60),
 };
 
 fn main() {
@@ -69,6 +73,8 @@ fn bench(criterion: &mut Criterion, policy: &str, backends: usize, blocks: usize
 /// A balancer under load.
 struct Upstream {
     balancer: Balancer,
+    /// By slot; beaten on every answer, lest the backends seem stalled.
+    pulses: Vec<Arc<Pulse>>,
     in_flight: VecDeque<Charge>,
     now: Time,
     room: usize,
@@ -79,8 +85,9 @@ impl Upstream {
         let policy = PolicyConfig::by_name(policy).expect("a policy of that name");
         let mut balancer = Balancer::new(SETTINGS, policy.build(), 1);
         let address = |n: usize| SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 8000));
-        balancer.set_members((0..backends).map(|n| (address(n), 1)));
-        Self { balancer, in_flight: VecDeque::new(), now: Time::ZERO, room: IN_FLIGHT * backends }
+        balancer.set_members((0..backends).map(|n| (address(n), 1)), Time::ZERO);
+        let pulses = (0..backends).map(|n| balancer.pulse(address(n))).collect();
+        Self { balancer, pulses, in_flight: VecDeque::new(), now: Time::ZERO, room: IN_FLIGHT * backends }
     }
 
     /// The whole choice: one request is placed, one is answered and one has ended.
@@ -93,6 +100,7 @@ impl Upstream {
         self.in_flight.push_back(pick.charge);
         let middle = self.in_flight.len() / 2;
         if let Some(charge) = self.in_flight.get_mut(middle) {
+            self.pulses[charge.slot().0 as usize].beat(self.now);
             self.balancer.answer(charge);
         }
         if self.in_flight.len() > self.room

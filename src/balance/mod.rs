@@ -197,7 +197,9 @@ impl Balancer {
             self.candidates.iter_mut().for_each(|c| c.uncached_tokens = request.prompt_tokens.max(1));
         }
         let choice = self.policy.choose(request, &self.candidates, &mut self.rng);
-        let slot = self.candidates[choice.index].slot;
+        // A policy of somebody's own may answer with anything.
+        let chosen = self.candidates.get(choice.index).or_else(|| self.candidates.first());
+        let slot = chosen.ok_or(NoPick::Exhausted)?.slot;
         if self.policy.uses_prefix_index() {
             self.index.insert(slot.0 as usize, request.blocks);
         }

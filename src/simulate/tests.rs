@@ -1,13 +1,12 @@
-//! The command from its words to its output: on a small trace of our own, and on a real one if it is there.
+//! The command from its words to its output: on a small trace of our own.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use serde_json::json;
 
-use super::options::{Interval, slo};
+use super::options::Interval;
 use super::*;
 use crate::policy::PolicyConfig;
 use crate::sim::fleet::Scrape;
