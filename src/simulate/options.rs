@@ -28,7 +28,7 @@ pub struct SimulateOptions {
     pub workload: Kind,
     /// Requests per second of made-up traffic.
     ///
-    /// [default: per engine 14 for chat, 2.5 for agents, 0.9 for documents, 4 for mixed]
+    /// [default: per engine 13 for chat, 2 for agents, 0.9 for documents, 3 for mixed]
     #[arg(long, value_name = "PER_SECOND", value_parser = rate, conflicts_with = "trace",
           help_heading = TRAFFIC)]
     pub rate: Option<f64>,
