@@ -136,6 +136,8 @@ pub struct Balancer {
     settings: Settings,
     policy: Box<dyn Policy>,
     members: Vec<Member>,
+    /// The largest weight of a member.
+    heaviest: u32,
     ledger: Ledger,
     index: PrefixIndex,
     /// By slot, like the accounts.
@@ -156,6 +158,7 @@ impl Balancer {
             settings,
             policy,
             members: Vec::new(),
+            heaviest: 1,
             ledger: Ledger::default(),
             index: PrefixIndex::default(),
             backends: Vec::new(),
@@ -178,6 +181,7 @@ impl Balancer {
             }
             self.members.push(Member { slot, address, weight });
         }
+        self.heaviest = self.members.iter().map(|m| m.weight).max().unwrap_or(1).max(1);
         self.policy.rebuild(&self.members);
     }
 
@@ -432,7 +436,7 @@ impl Balancer {
             backend.came_back(now).map_or(1.0, |at| slow_start::part(at, self.settings.slow_start, now));
         Candidate {
             slot: member.slot,
-            weight: f64::from(member.weight) * part,
+            weight: f64::from(member.weight) / f64::from(self.heaviest) * part,
             pending_tokens: account.pending_tokens + (others.waiting * mean) as u64,
             active_requests: account.active_requests + others.requests.round() as u32,
             unanswered_requests: account.unanswered_requests + others.waiting.round() as u32,

@@ -300,3 +300,25 @@ fn every_policy_treats_equals_alike() {
         assert!(got.iter().all(|n| (700..1_300).contains(n)), "{name}: {got:?}");
     }
 }
+
+#[test]
+fn only_the_ratio_of_the_weights_matters() {
+    for name in PolicyConfig::NAMES {
+        let picks = |scale: u32| -> Vec<SocketAddr> {
+            let mut b = Balancer::new(SETTINGS, PolicyConfig::by_name(name).unwrap().build(), 1);
+            let weights = [1, 2, 1, 3].map(|weight| weight * scale);
+            b.set_members((0..4).zip(weights).map(|(n, weight)| (address(n), weight)), Time::ZERO);
+            let blocks: Vec<u64> = (0..40).collect();
+            (0..400)
+                .map(|n| {
+                    let request = Request { prompt_tokens: 5_000, ..request(&blocks[n % 5..10 + n % 30]) };
+                    b.pick(&request, &[], Time::ZERO).unwrap().address
+                })
+                .collect()
+        };
+        // The ring of prefix_hash has as many points as the weights say, so its keys move a little.
+        if *name != "prefix_hash" {
+            assert_eq!(picks(1), picks(16), "{name}");
+        }
+    }
+}

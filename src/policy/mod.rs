@@ -67,7 +67,8 @@ pub struct Request<'a> {
 pub struct Candidate {
     /// Names the backend; stable for as long as anything of it is in flight.
     pub slot: Slot,
-    /// Configured weight, or a part of it while the backend starts slowly; above 0.
+    /// Configured weight as a part of the upstream's largest, and less while the backend starts slowly; above
+    /// 0, at most 1. A policy may add terms that it divides by this to terms that it does not.
     pub weight: f64,
     /// P: uncached prompt tokens charged and not yet answered by a first content byte.
     pub pending_tokens: u64,
