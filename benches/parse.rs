@@ -2,9 +2,9 @@
 //!
 //! The figure that counts is 1.5 GB/s on a body of 256 KiB, so that no body costs more than its way through the
 //! kernel. What a text costs depends on its escapes, so there are five kinds of it: English as people write it (a
-//! line end or a quote every 70 bytes or so), heavily escaped source code (every 9 bytes), Chinese in UTF-8, the same
-//! Chinese as Python's `json.dumps` writes it (nothing but `\u` escapes), and a picture in base64 between two short texts. That
-//! no body is copied is shown by tests/allocations.rs.
+//! line end or a quote every 70 bytes or so), heavily escaped source code (every 7 bytes), Chinese in UTF-8, the same
+//! Chinese as Python's `json.dumps` writes it (nothing but `\u` escapes), and a picture in base64 between two short
+//! texts. That no body is copied is shown by tests/allocations.rs.
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -18,7 +18,7 @@ fn body(text: &str) -> Vec<u8> {
 #[test]
 fn a_digest_allocates_its_blocks_and_nothing_that_grows_with_the_body() {
     for piece in ["plain text ", "a line\\n", "\\\"", "\\u4e2d\\u6587", "\\\\", "中文"] {
-        for size in [1 << 10, 1 << 15, 1 << 18, 1 << 22, 1 << 24] {
+        for size in [1 << 10, 1 << 15, 1 << 18, 1 << 22] {
             let body = body(&piece.repeat(size / piece.len()));
             let mut blocks = 0;
             let counted = allocation_counter::measure(|| {
