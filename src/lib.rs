@@ -35,6 +35,8 @@ pub mod upstream;
 
 pub mod proxy;
 
+pub mod ingress;
+
 pub mod admin;
 pub mod server;
 

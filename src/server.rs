@@ -23,12 +23,13 @@ use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
 use pingora::tls::CryptoProvider;
 use pingora::tls::sign::{CertifiedKey, SingleCertAndKey};
-use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
+use pingora_proxy::HttpProxy;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
 use crate::clock::Clock;
 use crate::config::{self, Config};
+use crate::ingress::{self, Ingress};
 use crate::observe::metrics::Metrics;
 use crate::proxy::{InFlight, Proxy};
 use crate::upstream::{Member, Probes, Upstream};
@@ -70,18 +71,10 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     server.bootstrap();
     let proxy = Proxy::new(config, upstreams.clone(), clock, metrics.clone());
     let in_flight = proxy.in_flight();
-    // Pingora switches plaintext HTTP/2 on per service, not per listener.
-    let (h2c, others): (Vec<_>, Vec<_>) = config.listeners.iter().partition(|l| l.http2 && l.tls.is_none());
-    for (http2_plain, listeners) in [(true, h2c), (false, others)] {
-        if listeners.is_empty() {
-            continue;
-        }
-        let mut service = proxy_service(&server.configuration, proxy.clone(), config, http2_plain);
-        for listener in listeners {
-            listen(&mut service, listener)?;
-        }
-        server.add_service(service);
-    }
+    let ingress = ingress(&server.configuration, proxy, config, clock, metrics.clone())?;
+    let mut service = Service::new("proxy".to_owned(), ingress);
+    config.listeners.iter().for_each(|listener| service.add_tcp(&listener.address));
+    server.add_service(service);
     if let Some(admin) = &config.admin {
         let mut service = Service::new("admin".to_owned(), Admin::new(upstreams.clone(), metrics));
         service.threads = Some(1);
@@ -156,37 +149,50 @@ fn server_conf(config: &Config) -> ServerConf {
     conf
 }
 
-fn proxy_service(
+/// The proxy behind its front door, which speaks TLS; to Pingora every listener is plain TCP.
+fn ingress(
     conf: &Arc<ServerConf>,
     proxy: Proxy,
     config: &Config,
-    http2_plain: bool,
-) -> Service<HttpProxy<Proxy>> {
+    clock: Clock,
+    metrics: Arc<Metrics>,
+) -> Result<Ingress<HttpProxy<Proxy>>, StartError> {
+    let mut app = pingora_proxy::http_proxy(conf, proxy);
     let mut options = HttpServerOptions::default();
-    options.h2c = http2_plain;
+    // The front door lets nobody speak HTTP/2 who may not.
+    options.h2c = true;
     options.h2_idle_timeout = Some(config.limits.client_idle);
-    let name = if http2_plain { "proxy-h2c" } else { "proxy" };
-    let mut service = ProxyServiceBuilder::new(conf, proxy).name(name).server_options(options).build();
-    if let Some(app) = service.app_logic_mut() {
-        let mut h2 = default_h2_options();
-        h2.initial_window_size(H2_STREAM_WINDOW).initial_connection_window_size(H2_CONNECTION_WINDOW);
-        app.h2_options = Some(h2);
-    }
-    service
+    app.server_options = Some(options);
+    let mut h2 = default_h2_options();
+    h2.initial_window_size(H2_STREAM_WINDOW).initial_connection_window_size(H2_CONNECTION_WINDOW);
+    let limits = &config.limits;
+    h2.max_concurrent_streams(limits.http2_streams);
+    h2.max_header_list_size(u32::try_from(limits.headers).unwrap_or(u32::MAX));
+    // Whoever cancels all its streams at once keeps its connection: floods are counted at the front door.
+    h2.max_pending_accept_reset_streams(limits.http2_control_frames as usize);
+    app.h2_options = Some(h2);
+    let listeners = config.listeners.iter().map(listener).collect::<Result<_, _>>()?;
+    Ok(Ingress::new(app, listeners, config, clock, metrics))
 }
 
-fn listen(service: &mut Service<HttpProxy<Proxy>>, listener: &config::Listener) -> Result<(), StartError> {
-    let Some(tls) = &listener.tls else {
-        service.add_tcp(&listener.address);
-        return Ok(());
-    };
-    let mut settings = TlsSettings::intermediate("", "").map_err(|e| StartError(e.to_string()))?;
-    settings.set_cert_resolver(Arc::new(SingleCertAndKey::from(certified_key(tls)?)));
-    if listener.http2 {
-        settings.enable_h2();
-    }
-    service.add_tls_with_settings(&listener.address, None, settings);
-    Ok(())
+fn listener(listener: &config::Listener) -> Result<ingress::Listener, StartError> {
+    let unusable = |e: &dyn std::fmt::Display| StartError(format!("listener {}: {e}", listener.address));
+    // Pingora listens on the first address of a name, too.
+    let address = listener.address.to_socket_addrs().map_err(|e| unusable(&e))?.next();
+    let tls = listener.tls.as_ref().map(|tls| {
+        let mut settings = TlsSettings::intermediate("", "").map_err(|e| unusable(&e))?;
+        settings.set_cert_resolver(Arc::new(SingleCertAndKey::from(certified_key(tls)?)));
+        if listener.http2 {
+            settings.enable_h2();
+        }
+        Ok(settings.build())
+    });
+    Ok(ingress::Listener {
+        address: address.ok_or_else(|| unusable(&"no such address"))?,
+        tls: tls.transpose()?,
+        http2: listener.http2,
+        proxy_protocol: listener.proxy_protocol,
+    })
 }
 
 /// Pingora's own loading panics in the service's task when a file is wrong, so it is done here.

@@ -71,6 +71,15 @@ impl Check<'_> {
             let path = self.reading.item(&path, index);
             self.claim(&mut taken, &listener.address, path.key("address"), path.to_string());
             self.tls_files(listener, &path);
+            let trusted = Path::default().key("trusted_proxies");
+            if listener.proxy_protocol
+                && config.trusted_proxies.is_empty()
+                && self.reading.is_intact(&trusted)
+            {
+                let message =
+                    "`proxy_protocol` without `trusted_proxies`: nobody would be believed".to_owned();
+                self.value(path.key("proxy_protocol"), message, "name the balancers, such as `[10.0.0.0/8]`");
+            }
         }
         if let Some(admin) = &config.admin {
             let path = root.key("admin");
@@ -133,6 +142,13 @@ impl Check<'_> {
             let message =
                 "`buffered_bodies` is less than `body`: the largest body could never be read".to_owned();
             self.value(at, message, "");
+        }
+        let [url, head] = ["url", "headers"].map(|key| path.key(key));
+        let both_read = self.reading.is_intact(&url) && self.reading.is_intact(&head);
+        if both_read && config.limits.headers < config.limits.url + 128 {
+            let at = if self.reading.is_written(&head) { head } else { url };
+            let message = "`headers` has no room for a URL of `url` bytes".to_owned();
+            self.value(at, message, "at least 128 bytes more");
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::network::Network;
 use super::route::Route;
 use super::units;
 use super::upstream::Upstream;
@@ -28,6 +29,10 @@ pub struct Config {
     pub observe: Observe,
     /// What clients may ask of us.
     pub limits: Limits,
+    /// Addresses and networks of proxies in front of us, such as `10.0.0.0/8`. They may say who the client
+    /// is, by forwarding headers and, on listeners with `proxy_protocol`, by that; nobody else is believed.
+    /// Default: none.
+    pub trusted_proxies: Vec<Network>,
     /// Which requests go to which upstream, first match first. Absent: every upstream is reachable by its
     /// models.
     pub routes: Vec<Route>,
@@ -80,6 +85,9 @@ pub struct Listener {
     /// HTTP/2 beside HTTP/1.1. Default: with TLS, yes; without, no (yes means clients that know it
     /// beforehand, h2c).
     pub http2: bool,
+    /// Each connection begins with a header of the PROXY protocol, version 1 or 2, from one of the
+    /// `trusted_proxies`. Default false.
+    pub proxy_protocol: bool,
 }
 
 #[derive(Deserialize)]
@@ -89,12 +97,14 @@ struct WrittenListener {
     address: String,
     tls: Option<ListenerTls>,
     http2: Option<bool>,
+    #[serde(default)]
+    proxy_protocol: bool,
 }
 
 impl From<WrittenListener> for Listener {
     fn from(written: WrittenListener) -> Self {
-        let WrittenListener { address, tls, http2 } = written;
-        Self { address, http2: http2.unwrap_or_else(|| tls.is_some()), tls }
+        let WrittenListener { address, tls, http2, proxy_protocol } = written;
+        Self { address, http2: http2.unwrap_or_else(|| tls.is_some()), tls, proxy_protocol }
     }
 }
 
@@ -139,6 +149,23 @@ impl Default for Observe {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
+    /// Longest URL, in bytes; beyond it 414. Default 8KiB, as nginx and most others do.
+    #[serde(deserialize_with = "units::size")]
+    pub url: u64,
+    /// Largest head of a request (the first line and all headers), in bytes; beyond it 431. Default 32KiB, as
+    /// nginx: long keys and cookies pass, megabytes for nothing do not.
+    #[serde(deserialize_with = "units::size")]
+    pub headers: u64,
+    /// Most headers of a request, 1 to 256; beyond it 431. Default 100, as Envoy and HAProxy do.
+    #[serde(deserialize_with = "units::between::<_, 1, 256>")]
+    pub header_count: u32,
+    /// The head of a request is whole within this, or 408. Default 10s: a deadline, not a gap, lest it be
+    /// dripped for ever.
+    #[serde(deserialize_with = "units::duration")]
+    pub header_timeout: Duration,
+    /// A TLS handshake ends within this. Default 10s.
+    #[serde(deserialize_with = "units::duration")]
+    pub tls_timeout: Duration,
     /// Largest request body, in bytes; beyond it 413. Default 32MiB: prompts with images are larger than
     /// nginx's 1 MiB.
     #[serde(deserialize_with = "units::size")]
@@ -147,10 +174,28 @@ pub struct Limits {
     /// 1GiB.
     #[serde(deserialize_with = "units::size")]
     pub buffered_bodies: u64,
-    /// A request body is whole within this, or 408. Default 60s: a deadline, not a gap, lest a body be
-    /// dripped for ever.
+    /// A request body is whole within this and the time its bytes take at `body_rate`, or 408. Default 60s: a
+    /// deadline, not a gap, lest a body be dripped for ever.
     #[serde(deserialize_with = "units::duration")]
     pub body_timeout: Duration,
+    /// How slowly a large body may come, in bytes per second. Default 64KiB, half a megabit: slower clients
+    /// have `body_timeout` for what they send.
+    #[serde(deserialize_with = "units::size")]
+    pub body_rate: u64,
+    /// Connections of one client (an IPv4 address, or an IPv6 /64) at a time, 1 to 1000000; beyond it 429, or
+    /// with TLS no handshake. Those of `trusted_proxies` are not counted. Absent: no limit, because many
+    /// clients may be behind one address.
+    #[serde(deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
+    pub client_connections: Option<u32>,
+    /// Requests at a time on one HTTP/2 connection, 1 to 10000. Default 100, as HAProxy does.
+    #[serde(deserialize_with = "units::between::<_, 1, 10_000>")]
+    pub http2_streams: u32,
+    /// HTTP/2 frames at once that cost us more than the client (RST_STREAM, SETTINGS, PING, PRIORITY,
+    /// CONTINUATION, empty DATA), 10 to 1000000; a tenth of it comes back every second, and beyond it the
+    /// connection is closed. Default 1000: a client that cancels 100 streams at once, ten times, keeps its
+    /// connection.
+    #[serde(deserialize_with = "units::between::<_, 10, 1_000_000>")]
+    pub http2_control_frames: u32,
     /// A client's connection without a request is closed after this. Default 75s, as nginx does.
     #[serde(deserialize_with = "units::duration")]
     pub client_idle: Duration,
@@ -162,9 +207,18 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            url: 8 << 10,
+            headers: 32 << 10,
+            header_count: 100,
+            header_timeout: Duration::from_secs(10),
+            tls_timeout: Duration::from_secs(10),
             body: 32 << 20,
             buffered_bodies: 1 << 30,
             body_timeout: Duration::from_secs(60),
+            body_rate: 64 << 10,
+            client_connections: None,
+            http2_streams: 100,
+            http2_control_frames: 1_000,
             client_idle: Duration::from_secs(75),
             client_write_timeout: Duration::from_secs(60),
         }

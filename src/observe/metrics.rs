@@ -33,6 +33,7 @@ pub struct Metrics {
     choices: IntCounterVec,
     state: StateGauges,
     queued: IntGaugeVec,
+    refusals: IntCounterVec,
     /// Bytes of request bodies held in memory.
     pub buffered_body_bytes: IntGauge,
 }
@@ -161,6 +162,7 @@ impl Metrics {
             choices: counters(&r, "choices_total", "Choices of a backend, by reason.", reason)?,
             state: StateGauges::new(&r)?,
             queued: gauges(&r, "queued_requests", queued, &["upstream"])?,
+            refusals: counters(&r, "refusals_total", "Answers and endings of our own, by code.", &["code"])?,
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         })
@@ -200,6 +202,11 @@ impl Metrics {
             queued: self.queued.with_label_values(&[upstream]),
             name: upstream.to_owned(),
         }
+    }
+
+    /// The counter of refusals with that code, present from now on.
+    pub fn refusal(&self, code: &str) -> IntCounter {
+        self.refusals.with_label_values(&[code])
     }
 
     /// Counts a request that no backend was chosen for.

@@ -8,8 +8,10 @@
 //! framing in research/pingora.md s.1; `tests/wires/bodies.rs` keeps it so.
 
 use std::future::poll_fn;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pingora::protocols::http::ServerSession;
@@ -18,9 +20,15 @@ use pingora::{ErrorType, OrErr};
 use prometheus::IntGauge;
 
 use super::reply::Refusal;
+use crate::clock::{Clock, Time};
+use crate::config::Limits;
 
 /// What Pingora's retry buffer holds.
 const RETRY_WINDOW: usize = 64 * 1024;
+
+/// What keeps Pingora's timer for a single read from ringing before ours for the whole body.
+const READ_MARGIN: Duration = Duration::from_secs(5);
+const A_DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Room made at first for a body that does not say its length, and at most for one that does.
 const FIRST_ROOM: usize = 16 * 1024;
@@ -83,19 +91,48 @@ pub(super) enum Unread {
 
 impl From<pingora::BError> for Unread {
     fn from(e: pingora::BError) -> Self {
-        Self::Failed(e)
+        // So the front door says that chunks are not chunks.
+        let broken = e.root_cause().downcast_ref::<io::Error>().map(io::Error::kind);
+        if broken == Some(io::ErrorKind::InvalidData) {
+            Self::Refused(Refusal::bad_request())
+        } else {
+            Self::Failed(e)
+        }
     }
 }
 
-/// Reads the whole body of at most `limit` bytes; `None` if there is none.
+/// How long a body may still take: `body_timeout` since it began, and what its bytes take at `body_rate`.
+struct Pace<'a> {
+    limits: &'a Limits,
+    clock: Clock,
+    began: Time,
+}
+
+impl Pace<'_> {
+    fn left(&self, received: usize) -> Duration {
+        let for_bytes = Duration::from_secs_f64(received as f64 / self.limits.body_rate as f64);
+        (self.limits.body_timeout + for_bytes).saturating_sub(self.clock.now().since(self.began))
+    }
+}
+
+/// Longer than any body may take, and not longer than a day.
+pub(super) fn longest(limits: &Limits) -> Duration {
+    let for_bytes = Duration::from_secs(limits.body / limits.body_rate);
+    limits.body_timeout.saturating_add(for_bytes).min(A_DAY) + READ_MARGIN
+}
+
+/// Reads the whole body, within the limits; `None` if there is none.
 pub(super) async fn read(
     ds: &mut ServerSession,
-    limit: u64,
+    limits: &Limits,
+    clock: Clock,
     room: &Arc<Room>,
 ) -> Result<Option<Body>, Unread> {
     if ds.is_body_empty() {
         return Ok(None);
     }
+    let limit = limits.body;
+    let pace = Pace { limits, clock, began: clock.now() };
     let declared = declared_length(ds);
     let mut reservation = Reservation { room: room.clone(), bytes: 0 };
     // Refused by what is declared, but room is taken only by what has come.
@@ -113,7 +150,11 @@ pub(super) async fn read(
             ds.enable_retry_buffering();
             buffering = true;
         }
-        let Some(chunk) = read_chunk(ds, declared.is_none()).await? else { break };
+        let reading = read_chunk(ds, declared.is_none());
+        let Ok(chunk) = tokio::time::timeout(pace.left(buffer.len()), reading).await else {
+            return Err(Unread::Refused(Refusal::body_timeout()));
+        };
+        let Some(chunk) = chunk? else { break };
         check((buffer.len() + chunk.len()) as u64, limit, &mut reservation)?;
         buffer.extend_from_slice(&chunk);
         if ds.is_body_done() {
@@ -170,21 +211,21 @@ async fn read_chunk(ds: &mut ServerSession, undeclared: bool) -> pingora::Result
 }
 
 /// The retry buffer overflowed, as it does for HTTP/1 chunked bodies over 64 KiB: give it a stub to hold, by
-/// letting the session read a stand-in request of one byte. What the client may have sent after its body is
-/// lost, so the connection is not used again.
+/// letting the session read a stand-in request of one byte. Nothing else is lost: what a client sends after
+/// its body waits at the front door.
 async fn restock(ds: &mut ServerSession) -> Result<(), Unread> {
     let ServerSession::H1(h1) = ds else {
         return Err(Unread::Refused(Refusal::length_required()));
     };
     let h1: &mut SessionV1 = h1;
-    let header = h1.req_header().clone();
+    let (header, keepalive) = (h1.req_header().clone(), h1.get_keepalive_timeout());
     let stand_in = &b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"[..];
     h1.set_pipelined_prefix(BytesMut::from(stand_in));
     h1.read_request().await?;
     h1.enable_retry_buffering();
     h1.read_body_bytes().await?;
     *h1.req_header_mut() = header;
-    h1.set_server_keepalive(None);
+    h1.set_server_keepalive(keepalive);
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! What one request remembers, from its first byte to its log line.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -71,6 +71,8 @@ pub struct Context {
     pub(super) admitted_at: Time,
     /// The request's id, from the client or made by us.
     pub(super) id: String,
+    /// Who asked, as far as we believe those in between.
+    pub(super) client: Option<IpAddr>,
     pub(super) body: Option<Body>,
     pub(super) body_bytes: usize,
     pub(super) digest: Option<Digest>,
@@ -144,6 +146,7 @@ impl Context {
             arrived,
             admitted_at: arrived,
             id: String::new(),
+            client: None,
             body: None,
             body_bytes: 0,
             digest: None,

@@ -12,7 +12,7 @@ use pingora_proxy::Session;
 
 use super::body::{self, Unread};
 use super::reply::{self, REQUEST_ID, Refusal};
-use super::{Context, Proxy};
+use super::{Context, Proxy, hygiene};
 use crate::prompt::{self, Endpoint};
 use crate::upstream;
 
@@ -24,6 +24,13 @@ const LINGER_BYTES: usize = 1 << 20;
 const LINGER: Duration = Duration::from_secs(2);
 
 impl Proxy {
+    /// Refuses what is no request for anybody; false if nothing is wrong with it.
+    pub(super) async fn refuse_flawed(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let Some(refusal) = hygiene::flaw(session.req_header(), &self.limits) else { return Ok(false) };
+        self.refuse(session, ctx, &refusal).await?;
+        Ok(true)
+    }
+
     /// Answers what needs no engine; false if the request is not such a one.
     pub(super) async fn answer_locally(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let request = session.req_header();
@@ -56,12 +63,7 @@ impl Proxy {
 
     /// Reads, digests, routes, prices and admits the request, or says why not.
     pub(super) async fn take_in(&self, session: &mut Session, ctx: &mut Context) -> Result<(), Unread> {
-        let limits = &self.limits;
-        let reading = body::read(session.as_downstream_mut(), limits.body, &self.room);
-        ctx.body = match tokio::time::timeout(limits.body_timeout, reading).await {
-            Ok(body) => body?,
-            Err(_) => return Err(Unread::Refused(Refusal::body_timeout())),
-        };
+        ctx.body = body::read(session.as_downstream_mut(), &self.limits, self.clock, &self.room).await?;
         let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
         ctx.body_bytes = bytes.len();
         let request = session.req_header();
@@ -97,6 +99,7 @@ impl Proxy {
         refusal: &Refusal,
     ) -> Result<()> {
         ctx.refused = Some(refusal.code);
+        self.metrics.refusal(refusal.code).inc();
         let was_read = ctx.body.is_some() || session.is_body_done();
         reply::refuse(session, &ctx.id, refusal, was_read).await?;
         if !was_read && let ServerSession::H1(_) = session.as_downstream() {
@@ -111,7 +114,12 @@ impl Proxy {
 pub(super) fn request_id(request: &RequestHeader) -> String {
     let given = request.headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let fits = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-    given.filter(fits).map_or_else(|| format!("{:032x}", fastrand::u128(..)), str::to_owned)
+    given.filter(fits).map_or_else(new_id, str::to_owned)
+}
+
+/// An id that no other request has.
+pub(crate) fn new_id() -> String {
+    format!("{:032x}", fastrand::u128(..))
 }
 
 /// Reads what a refused client still sends, and forgets it.

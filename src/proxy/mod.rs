@@ -18,6 +18,8 @@
 
 mod body;
 mod context;
+mod forward;
+mod hygiene;
 mod intake;
 mod peer;
 mod record;
@@ -50,16 +52,17 @@ use crate::upstream::Upstream;
 use body::{Room, Unread};
 use context::Attempt;
 pub use context::{Context, InFlight};
+use forward::Origin;
+pub(crate) use hygiene::is_host;
+pub(crate) use intake::new_id;
 use peer::ConnectionUses;
-use reply::{REQUEST_ID, Refusal};
+use reply::REQUEST_ID;
+pub(crate) use reply::{CODES, Refusal};
 use route::Routes;
 use tap::{Opening, Tap};
 
 /// More than this without an end is no event that anybody would wait for.
 const HELD_LIMIT: usize = 64 * 1024;
-
-/// What keeps Pingora's timer for a single read from ringing before ours for the whole body.
-const READ_MARGIN: Duration = Duration::from_secs(5);
 
 /// The header that names the backend which answered.
 const BACKEND: &str = "x-plimsoll-backend";
@@ -70,6 +73,7 @@ pub struct Proxy {
     routes: Arc<Routes>,
     upstreams: Vec<Arc<Upstream>>,
     limits: config::Limits,
+    trusted: Vec<config::Network>,
     observe: config::Observe,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -87,10 +91,14 @@ impl Proxy {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
+        for code in CODES {
+            metrics.refusal(code);
+        }
         Self {
             routes: Arc::new(Routes::new(&config.routes, &upstreams)),
             upstreams,
             limits: config.limits.clone(),
+            trusted: config.trusted_proxies.clone(),
             observe: config.observe.clone(),
             clock,
             room: Room::new(config.limits.buffered_bodies, metrics.buffered_body_bytes.clone()),
@@ -116,10 +124,12 @@ impl ProxyHttp for Proxy {
     }
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
+        forward::to_origin_form(session.req_header_mut())?;
         ctx.id = intake::request_id(session.req_header());
+        ctx.client = Origin::of(session, &self.trusted).client(session.req_header(), &self.trusted);
         session.set_write_timeout(Some(self.limits.client_write_timeout));
         // Pingora's own 60 s would end a patient upload before our deadline does, and silently.
-        session.set_read_timeout(Some(self.limits.body_timeout + READ_MARGIN));
+        session.set_read_timeout(Some(body::longest(&self.limits)));
         // Only if the client wants the connection kept at all.
         if session.get_keepalive().is_some() {
             session.set_keepalive(Some(self.limits.client_idle.as_secs().max(1)));
@@ -128,7 +138,7 @@ impl ProxyHttp for Proxy {
     }
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        if self.answer_locally(session, ctx).await? {
+        if self.refuse_flawed(session, ctx).await? || self.answer_locally(session, ctx).await? {
             return Ok(true);
         }
         let refusal = match self.take_in(session, ctx).await {
@@ -184,7 +194,7 @@ impl ProxyHttp for Proxy {
 
     async fn upstream_request_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         request: &mut RequestHeader,
         ctx: &mut Context,
     ) -> Result<()> {
@@ -199,6 +209,7 @@ impl ProxyHttp for Proxy {
             request.insert_header(header::CONTENT_LENGTH, body.bytes.len())?;
         }
         request.insert_header(REQUEST_ID, ctx.id.as_str())?;
+        Origin::of(session, &self.trusted).announce(request)?;
         if let Some(authorization) = &upstream.authorization {
             request.insert_header(header::AUTHORIZATION, authorization.as_str())?;
         }
@@ -263,8 +274,7 @@ impl ProxyHttp for Proxy {
             return Ok(());
         }
         response.insert_header(REQUEST_ID, ctx.id.as_str())?;
-        // It spoke of the engine's connection, not of ours.
-        response.remove_header("keep-alive");
+        forward::keep_end_to_end(response);
         if session.is_process_shutting_down() {
             session.set_keepalive(None);
         }

@@ -43,7 +43,7 @@ impl Proxy {
         let digest = ctx.digest.as_ref();
         Entry {
             id: &ctx.id,
-            client: session.client_addr().map(ToString::to_string),
+            client: ctx.client.map(|client| client.to_string()),
             method: request.method.as_str(),
             path: request.uri.path(),
             status: session.response_written().map_or(0, |response| response.status.as_u16()),

@@ -8,18 +8,50 @@ use bytes::Bytes;
 use pingora::http::ResponseHeader;
 use pingora_proxy::Session;
 
+use crate::config::Limits;
+
 /// The header that carries the request's id, both ways.
 pub(super) const REQUEST_ID: &str = "x-request-id";
 
 /// A refusal: status, stable code, words, and when to try again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Refusal {
-    pub(super) status: u16,
-    pub(super) code: &'static str,
-    pub(super) message: String,
+pub(crate) struct Refusal {
+    pub(crate) status: u16,
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
     /// Seconds for `Retry-After`.
-    pub(super) retry_after: Option<u64>,
+    pub(crate) retry_after: Option<u64>,
 }
+
+/// Every reason for which a request or a connection is refused: the codes of our answers, and then what ends
+/// a connection without one.
+pub(crate) const CODES: [&str; 25] = [
+    "bad_request",
+    "ambiguous_framing",
+    "bad_host",
+    "method_not_allowed",
+    "header_timeout",
+    "headers_too_large",
+    "url_too_long",
+    "body_timeout",
+    "body_too_large",
+    "length_required",
+    "too_many_connections",
+    "route_not_found",
+    "model_not_found",
+    "buffers_full",
+    "no_backend",
+    "queue_full",
+    "queue_timeout",
+    "upstream_unreachable",
+    "upstream_closed",
+    "upstream_timeout",
+    "internal_error",
+    "tls_failed",
+    "tls_timeout",
+    "http2_flood",
+    "proxy_header",
+];
 
 impl Refusal {
     fn new(status: u16, code: &'static str, message: impl Into<String>) -> Self {
@@ -41,6 +73,40 @@ impl Refusal {
 
     pub(super) fn bad_request() -> Self {
         Self::new(400, "bad_request", "the request is not well-formed HTTP")
+    }
+
+    pub(crate) fn malformed(what: &str) -> Self {
+        Self::new(400, "bad_request", format!("the request is not well-formed HTTP: {what}"))
+    }
+
+    pub(crate) fn ambiguous_framing(why: &str) -> Self {
+        Self::new(400, "ambiguous_framing", format!("the end of the request is not certain: {why}"))
+    }
+
+    pub(crate) fn bad_host(why: &str) -> Self {
+        Self::new(400, "bad_host", format!("the host of the request is not certain: {why}"))
+    }
+
+    pub(crate) fn method_not_allowed() -> Self {
+        Self::new(405, "method_not_allowed", "CONNECT and TRACE are not served here")
+    }
+
+    pub(crate) fn header_timeout() -> Self {
+        Self::new(408, "header_timeout", "the head of the request did not arrive in time")
+    }
+
+    pub(crate) fn url_too_long(limit: u64) -> Self {
+        Self::new(414, "url_too_long", format!("the URL is longer than {limit} bytes"))
+    }
+
+    pub(crate) fn headers_too_large(limits: &Limits) -> Self {
+        let Limits { headers, header_count, .. } = limits;
+        let message = format!("the headers are more than {header_count}, or larger than {headers} bytes");
+        Self::new(431, "headers_too_large", message)
+    }
+
+    pub(crate) fn too_many_connections() -> Self {
+        Self::new(429, "too_many_connections", "this client has too many connections already").retry_after(1)
     }
 
     pub(super) fn length_required() -> Self {
@@ -92,6 +158,19 @@ impl Refusal {
 
     pub(super) fn internal() -> Self {
         Self::new(500, "internal_error", "the proxy failed; its log says why")
+    }
+
+    /// The whole answer, for a connection that Pingora has not seen; it closes after it.
+    pub(crate) fn http1(&self, id: &str) -> String {
+        let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
+        let retry_after = self.retry_after.map(|seconds| format!("retry-after: {seconds}\r\n"));
+        let body = self.json();
+        format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\n{REQUEST_ID}: {id}\r\n\
+             {}connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            retry_after.unwrap_or_default(),
+            body.len(),
+        )
     }
 
     /// The body of the answer.

@@ -15,11 +15,17 @@ mod connections;
 #[cfg(test)]
 mod failures;
 #[cfg(test)]
+mod forwarding;
+#[cfg(test)]
+mod framing;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod health;
 #[cfg(test)]
 mod hygiene;
+#[cfg(test)]
+mod limits;
 #[cfg(test)]
 mod own_policy;
 #[cfg(test)]

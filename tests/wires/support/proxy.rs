@@ -46,12 +46,21 @@ pub struct Proxy {
 impl Proxy {
     /// Starts a proxy whose configuration is the listeners followed by `rest`, and waits until it is ready.
     pub async fn start(rest: &str) -> Self {
-        Self::start_binary(&binary(), rest).await
+        Self::start_as(&binary(), "", rest).await
+    }
+
+    /// The same with further keys for each of its listeners (`proxy_protocol: true`).
+    pub async fn start_with(listener: &str, rest: &str) -> Self {
+        Self::start_as(&binary(), listener, rest).await
     }
 
     /// The same, run by another binary on our library.
     pub async fn start_binary(binary: &Path, rest: &str) -> Self {
-        let mut proxy = Self::spawn_binary(binary, rest, &[]);
+        Self::start_as(binary, "", rest).await
+    }
+
+    async fn start_as(binary: &Path, listener: &str, rest: &str) -> Self {
+        let mut proxy = Self::spawn_as(binary, listener, rest, &[]);
         proxy.listens().await;
         wait_until("the proxy to be ready", async || {
             proxy.admin(&Request::get("/readyz")).await.status == 200
@@ -73,16 +82,16 @@ impl Proxy {
 
     /// Starts a proxy with further environment variables, not waiting for anything.
     pub fn spawn(rest: &str, environment: &[(&str, &str)]) -> Self {
-        Self::spawn_binary(&binary(), rest, environment)
+        Self::spawn_as(&binary(), "", rest, environment)
     }
 
-    fn spawn_binary(binary: &Path, rest: &str, environment: &[(&str, &str)]) -> Self {
+    fn spawn_as(binary: &Path, listener: &str, rest: &str, environment: &[(&str, &str)]) -> Self {
         let folder = folder();
         tls::write_pem(&folder);
         let (plain, h2c, tls, admin) = (Port::take(), Port::take(), Port::take(), Port::take());
         let listeners = format!(
-            "listeners:\n  - address: {}\n  - {{ address: {}, http2: true }}\n  - {{ address: {}, tls: {{ \
-             certificate: cert.pem, key: key.pem }} }}\nadmin: {{ address: {} }}\n",
+            "listeners:\n  - {{ address: {}, {listener} }}\n  - {{ address: {}, http2: true, {listener} }}\n  - {{ \
+             address: {}, tls: {{ certificate: cert.pem, key: key.pem }}, {listener} }}\nadmin: {{ address: {} }}\n",
             plain.address(),
             h2c.address(),
             tls.address(),

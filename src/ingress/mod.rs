@@ -1,0 +1,306 @@
+//! The front door: what happens to a client's connection before, between and after its requests.
+//!
+//! Pingora accepts; from there to the first byte of a request it has no deadline of our choosing, and it parses a head
+//! before anybody may look at it. So the connection is run here, with Pingora's own parts:
+//!
+//! ```text
+//! accepted -> TLS, in time -> HTTP/2: to Pingora
+//!                          -> HTTP/1: head, in time -> head.rs -> Pingora, one request -> kept? wait, in time
+//! ```
+//!
+//! A request whose head is refused here is answered here, and Pingora never hears of it: no byte of it can reach an
+//! engine. What needs the parsed request (routes, bodies, queues) is refused in `proxy`.
+
+mod chunks;
+mod clients;
+mod downstream;
+mod frames;
+mod head;
+mod proxy_header;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::BytesMut;
+use pingora::apps::{HttpServerApp, ServerApp};
+use pingora::listeners::tls::Acceptor;
+use pingora::protocols::http::ServerSession;
+use pingora::protocols::l4::stream::Stream as TcpStream;
+use pingora::protocols::{ALPN, GetSocketDigest, Stream};
+use pingora::server::ShutdownWatch;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use crate::clock::Clock;
+use crate::config::{Config, Limits, Network};
+use crate::observe::metrics::Metrics;
+use crate::proxy::Refusal;
+use clients::Clients;
+use downstream::Downstream;
+use frames::Frames;
+
+/// What an HTTP/2 client says first (RFC 9113 s.3.4), and how much of it looks like a head.
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const HTTP2_HEAD: usize = 18;
+
+/// What a refused client may still send, and for how long: a socket closed over unread bytes is reset, and
+/// the reset overtakes the answer.
+const LINGER_BYTES: usize = 1 << 20;
+const LINGER: Duration = Duration::from_secs(2);
+
+/// A listener, as its connections need to know it.
+pub struct Listener {
+    /// Where it listens; the host may be unspecified.
+    pub address: SocketAddr,
+    /// Present: TLS first.
+    pub tls: Option<Acceptor>,
+    /// Whether HTTP/2 is spoken.
+    pub http2: bool,
+    /// Whether each connection begins with a header of the PROXY protocol.
+    pub proxy_protocol: bool,
+}
+
+/// Runs the connections of all listeners, and gives their requests to `app`.
+pub struct Ingress<A> {
+    app: Arc<A>,
+    listeners: Vec<Listener>,
+    limits: Limits,
+    trusted: Vec<Network>,
+    clients: Clients,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+impl<A> Ingress<A> {
+    /// The front door of `app` with the limits of `config`. `app` has to speak HTTP/2 with whoever begins so,
+    /// TLS or not.
+    pub fn new(
+        app: A,
+        listeners: Vec<Listener>,
+        config: &Config,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let (limits, trusted) = (config.limits.clone(), config.trusted_proxies.clone());
+        Self { app: Arc::new(app), listeners, limits, trusted, clients: Clients::default(), clock, metrics }
+    }
+
+    /// The listener that accepted a connection to `local`.
+    fn listener(&self, local: SocketAddr) -> Option<&Listener> {
+        let everywhere = |l: &&Listener| l.address.ip().is_unspecified() && l.address.port() == local.port();
+        let exactly = self.listeners.iter().find(|listener| listener.address == local);
+        exactly.or_else(|| self.listeners.iter().find(everywhere))
+    }
+
+    fn is_trusted(&self, address: IpAddr) -> bool {
+        self.trusted.iter().any(|network| network.contains(address))
+    }
+
+    fn count(&self, code: &str) {
+        self.metrics.refusal(code).inc();
+    }
+}
+
+#[async_trait]
+impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> ServerApp for Ingress<A> {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let Ok(tcp) = stream.into_any().downcast::<TcpStream>() else { return None };
+        let digest = tcp.get_socket_digest()?;
+        let listener = self.listener(*digest.local_addr()?.as_inet()?)?;
+        let client = digest.peer_addr()?.as_inet()?.ip();
+        self.serve(listener, client, *tcp, shutdown).await;
+        None
+    }
+
+    async fn cleanup(&self) {
+        self.app.http_cleanup().await;
+    }
+}
+
+/// What a client came with.
+enum Arrival {
+    /// A head that may be read in one way only.
+    Head(BytesMut),
+    /// HTTP/2, by prior knowledge.
+    Http2,
+    /// Nothing that could be served.
+    Refused(Refusal),
+    /// It went away, or we do.
+    Gone,
+}
+
+impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
+    async fn serve(&self, listener: &Listener, peer: IpAddr, mut tcp: TcpStream, shutdown: &ShutdownWatch) {
+        let Some(client) = self.named(listener, peer, &mut tcp).await else {
+            return self.count("proxy_header");
+        };
+        // A proxy that we trust has many clients behind its one address.
+        let limit = self.limits.client_connections.filter(|_| !self.is_trusted(client));
+        let connected = limit.map(|limit| self.clients.enter(client, limit));
+        if let Some(None) = connected {
+            let refusal = Refusal::too_many_connections();
+            return match &listener.tls {
+                None => self.refuse(Downstream::new(Box::new(tcp)), &refusal).await,
+                Some(_) => self.count(refusal.code),
+            };
+        }
+        let stream: Stream = match &listener.tls {
+            None => Box::new(tcp),
+            Some(tls) => match timeout(self.limits.tls_timeout, tls.tls_handshake(tcp)).await {
+                Ok(Ok(stream)) => Box::new(stream),
+                Ok(Err(e)) => {
+                    log::debug!("no TLS client={client} error={e}");
+                    return self.count("tls_failed");
+                }
+                Err(_) => return self.count("tls_timeout"),
+            },
+        };
+        if stream.selected_alpn_proto() == Some(ALPN::H2) {
+            self.serve_http2(Downstream::new(stream), shutdown).await;
+        } else {
+            self.serve_http1(listener, Downstream::new(stream), shutdown).await;
+        }
+    }
+
+    /// Whose connection it is: that of `peer`, or of whom a balancer names, who is believed if he is trusted.
+    async fn named(&self, listener: &Listener, peer: IpAddr, tcp: &mut TcpStream) -> Option<IpAddr> {
+        if !listener.proxy_protocol {
+            return Some(peer);
+        }
+        if !self.is_trusted(peer) {
+            log::debug!("PROXY header not believed peer={peer}");
+            return None;
+        }
+        timeout(self.limits.header_timeout, proxy_header::read(tcp, peer)).await.ok().flatten()
+    }
+
+    /// Pingora runs all requests of an HTTP/2 connection, once the preface is there: it would wait for ever.
+    async fn serve_http2(&self, mut downstream: Downstream, shutdown: &ShutdownWatch) {
+        let preface = async {
+            while downstream.ahead.len() < HTTP2_PREFACE.len() {
+                if !matches!(downstream.read_ahead().await, Ok(1..)) {
+                    return false;
+                }
+            }
+            true
+        };
+        match timeout(self.limits.header_timeout, preface).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) => return self.count("header_timeout"),
+        }
+        let floods = self.metrics.refusal("http2_flood");
+        downstream.begin_http2(Frames::new(self.limits.http2_control_frames, self.clock, floods));
+        self.app.process_new(Box::new(downstream), shutdown).await;
+    }
+
+    /// One request after another, until client or proxy has had enough.
+    async fn serve_http1(&self, listener: &Listener, mut downstream: Downstream, shutdown: &ShutdownWatch) {
+        let mut new = true;
+        loop {
+            let head = match self.arrival(&mut downstream, new, shutdown).await {
+                Arrival::Head(head) => head,
+                Arrival::Http2 if new && listener.tls.is_none() && listener.http2 => {
+                    return self.serve_http2(downstream, shutdown).await;
+                }
+                Arrival::Http2 => return self.refuse(downstream, &Refusal::malformed("HTTP/2")).await,
+                Arrival::Refused(refusal) => return self.refuse(downstream, &refusal).await,
+                Arrival::Gone => return,
+            };
+            let mut session = ServerSession::new_http1(Box::new(downstream));
+            session.set_pipelined_prefix(head);
+            let Some(reusable) = self.app.process_new_http(session, shutdown).await else { return };
+            // The settings that come along are for the session, which is made anew from its request.
+            let (stream, _settings) = reusable.consume();
+            let Ok(same) = stream.into_any().downcast::<Downstream>() else { return };
+            downstream = *same;
+            if !downstream.is_between_requests() {
+                return;
+            }
+            new = false;
+        }
+    }
+
+    /// Waits for the next request: on a new connection for as long as a head may take, on one that was kept
+    /// for as long as it may be idle, unless the process is about to end.
+    async fn arrival(&self, downstream: &mut Downstream, new: bool, shutdown: &ShutdownWatch) -> Arrival {
+        if !new {
+            let mut shutdown = shutdown.clone();
+            let begun = tokio::select! {
+                biased;
+                begun = timeout(self.limits.client_idle, begins(downstream)) => begun.unwrap_or(false),
+                _ = shutdown.wait_for(|stopping| *stopping) => false,
+            };
+            if !begun {
+                return Arrival::Gone;
+            }
+        }
+        let head =
+            async { if begins(downstream).await { self.head(downstream).await } else { Arrival::Gone } };
+        match timeout(self.limits.header_timeout, head).await {
+            Ok(arrival) => arrival,
+            Err(_) => self.late(downstream),
+        }
+    }
+
+    /// A client that has said nothing gets no answer: it asked nothing.
+    fn late(&self, downstream: &Downstream) -> Arrival {
+        if downstream.ahead.is_empty() {
+            self.count("header_timeout");
+            Arrival::Gone
+        } else {
+            Arrival::Refused(Refusal::header_timeout())
+        }
+    }
+
+    /// Reads a whole head, and looks at it.
+    async fn head(&self, downstream: &mut Downstream) -> Arrival {
+        let mut searched = 0;
+        let length = loop {
+            match head::length(&downstream.ahead, searched, &self.limits) {
+                Err(refusal) => return Arrival::Refused(refusal),
+                Ok(Some(length)) => break length,
+                Ok(None) => searched = downstream.ahead.len().saturating_sub(1),
+            }
+            if !matches!(downstream.read_ahead().await, Ok(1..)) {
+                return Arrival::Gone;
+            }
+        };
+        if downstream.ahead[..length] == HTTP2_PREFACE[..HTTP2_HEAD] {
+            return Arrival::Http2;
+        }
+        match head::check(&downstream.ahead[..length], &self.limits) {
+            Ok(framing) => Arrival::Head(downstream.begin(length, framing)),
+            Err(refusal) => Arrival::Refused(refusal),
+        }
+    }
+
+    /// Answers and closes, in an order in which the client can read the answer.
+    async fn refuse(&self, downstream: Downstream, refusal: &Refusal) {
+        self.count(refusal.code);
+        let (mut stream, _ahead) = downstream.into_parts();
+        let id = crate::proxy::new_id();
+        log::debug!("refused id={id} code={} message={:?}", refusal.code, refusal.message);
+        let farewell = async {
+            stream.write_all(refusal.http1(&id).as_bytes()).await?;
+            AsyncWriteExt::shutdown(&mut stream).await?;
+            tokio::io::copy(&mut stream.take(LINGER_BYTES as u64), &mut tokio::io::sink()).await
+        };
+        let _in_vain = timeout(LINGER, farewell).await;
+    }
+}
+
+/// Waits until something of a request is there; false if nothing will come.
+async fn begins(downstream: &mut Downstream) -> bool {
+    loop {
+        downstream.skip_empty_lines();
+        if !downstream.ahead.is_empty() {
+            return true;
+        }
+        if !matches!(downstream.read_ahead().await, Ok(1..)) {
+            return false;
+        }
+    }
+}
