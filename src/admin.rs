@@ -96,6 +96,7 @@ fn backend(state: &State) -> Value {
         "ejected": state.ejected,
         "strained": state.strained,
         "stalled": state.stalled,
+        "on_trial": state.on_trial,
         "cooling": state.cooling,
         "pending_tokens": state.account.pending_tokens,
         "active_requests": state.account.active_requests,

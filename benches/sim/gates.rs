@@ -63,7 +63,8 @@ pub fn gates(outcomes: &Outcomes) -> Vec<Gate> {
     let mut gates: Vec<Gate> = Vec::new();
     for (workload, name, than, limit) in capacities {
         let multiple = view.worst(workload, &[LEAST_PENDING, than], f64::min, |found| {
-            Some(found[0].capacity? / found[1].capacity?)
+            // No capacity at all is the worst there is; a rival without one is no yardstick.
+            Some(found[0].capacity.unwrap_or(0.0) / found[1].capacity.unwrap_or(f64::INFINITY))
         });
         let claim = format!("{name}: capacity of `least_pending_tokens`, as a multiple of {}", than.title());
         gates.extend(multiple.map(|value| at_least(claim, value, limit)));

@@ -42,7 +42,7 @@ struct Options {
     /// How many seeds: 1 to K.
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// One seed and no capacities: a minute instead of a quarter of an hour.
+    /// One seed and no capacities: a minute instead of six.
     #[arg(long, conflicts_with_all = ["seeds", "write"])]
     quick: bool,
     /// Only what the gates need.

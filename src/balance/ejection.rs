@@ -88,7 +88,7 @@ impl Record {
     /// The backend was chosen. One on probation is on trial until it answers or fails; if the request goes
     /// away without either, until `fail_timeout` has passed.
     pub fn choose(&mut self, rule: Rule, now: Time) {
-        if self.probation {
+        if self.probation && !self.ejected(now) {
             self.trial_until = now + rule.fail_timeout;
         }
     }
@@ -112,6 +112,7 @@ impl Record {
         let refuted = self.unreachable && self.ejected(now);
         if refuted {
             self.ejected_until = now;
+            self.trial_until = Time::ZERO;
         }
         refuted
     }
@@ -278,6 +279,8 @@ mod tests {
         assert!(!record.on_trial(at(0)), "no probation, no trial");
         let _span = record.eject(RULE, Fault::Suspect, 0.5, at(0));
         assert!(!record.on_trial(at(30)), "nobody has tried it yet");
+        record.choose(RULE, at(29));
+        assert!(!record.on_trial(at(30)), "the last resort is no trial");
         record.choose(RULE, at(31));
         assert!(record.on_trial(at(32)));
         let mut forgotten = record;

@@ -18,7 +18,8 @@
 //! ```
 //!
 //! A page was written at some moment between our asking and its arrival. The larger of our own two counts is
-//! taken off, so that a request of ours is not mistaken for somebody else's.
+//! taken off, so that a request of ours is not mistaken for somebody else's. (One that asks for several
+//! choices still is, in part, where the engine counts each choice; such an engine looks a little busier.)
 
 use std::time::Duration;
 
@@ -36,6 +37,9 @@ const STRAINED_KV_USAGE: f64 = 0.95;
 const SAMPLE_SPAN: Duration = Duration::from_millis(200);
 const MEAN_SPAN: Duration = Duration::from_secs(30);
 const MEMORY: Duration = Duration::from_secs(30);
+
+/// More requests than this no engine has.
+const MOST: u64 = 1_000_000;
 
 /// Requests in flight on an engine that are not ours, as an estimate.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -72,9 +76,10 @@ impl Gauge {
     /// the reading was asked for, and `last` the gauge as it was.
     pub fn new(reading: Reading, before: &Account, after: &Account, at: Time, last: Option<&Self>) -> Self {
         let beyond = |scraped: Option<u64>, before: u32, after: u32| {
-            scraped.unwrap_or(0).saturating_sub(u64::from(before.max(after))) as f64
+            scraped.unwrap_or(0).min(MOST).saturating_sub(u64::from(before.max(after))) as f64
         };
-        let in_flight = reading.running.zip(reading.waiting).map(|(running, waiting)| running + waiting);
+        let in_flight =
+            reading.running.zip(reading.waiting).map(|(running, waiting)| running.saturating_add(waiting));
         let requests = beyond(in_flight, before.active_requests, after.active_requests);
         let waiting = beyond(reading.waiting, before.unanswered_requests, after.unanswered_requests);
         let sample = Others { requests, waiting: waiting.min(requests) };

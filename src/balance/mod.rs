@@ -72,14 +72,19 @@ pub enum NoPick {
     Exhausted,
 }
 
-/// Which backends are asked.
+/// Which backends are asked, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
-    /// Those that are up and not ejected, on trial, cooling down or stalled.
+    /// Those that are up, and neither ejected, on trial, cooling down nor stalled.
     Available,
+    /// Those that are up and not ejected: they live, but had rather be left alone.
+    Reluctant,
     /// All of them: the last resort.
     Any,
 }
+
+/// Blocks remembered for one backend whatever its engine says of its cache: 134 million tokens.
+const INDEX_LIMIT: NonZeroUsize = NonZeroUsize::MIN.saturating_add((1 << 20) - 1);
 
 /// Weight of one request in the mean of uncached tokens.
 const MEAN_WEIGHT: f64 = 0.05;
@@ -89,7 +94,7 @@ const MEAN_WEIGHT: f64 = 0.05;
 /// a single client's session looks the same, and should stay where it is.
 const CROWD_MEMBERS: usize = 3;
 const CROWD_SHARE: f64 = 0.8;
-const CROWD_REQUESTS: u32 = 8;
+const CROWD_REQUESTS: u64 = 8;
 
 /// One backend, as an observer sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -102,6 +107,8 @@ pub struct State {
     pub healthy: bool,
     /// Ejected for its faults.
     pub ejected: bool,
+    /// Back from an ejection, and tried by one request that has not been answered.
+    pub on_trial: bool,
     /// Asked to be left alone.
     pub cooling: bool,
     /// Its engine is out of KV memory and has a queue, says a fresh reading: others go first.
@@ -124,6 +131,8 @@ struct Backend {
     healthy: bool,
     record: Record,
     gauge: Option<Gauge>,
+    /// When its engine's process started, as far as it ever said.
+    started: Option<f64>,
     /// When it joined or came back up, if it was not there from the start.
     since: Option<Time>,
     pulse: Arc<Pulse>,
@@ -181,6 +190,11 @@ impl Balancer {
             }
             self.members.push(Member { slot, address, weight });
         }
+        // Its account stays, for what is in flight; what it had cached does not come back with it.
+        for gone in before.iter().filter(|old| self.members.iter().all(|m| m.slot != old.slot)) {
+            self.index.clear(gone.slot.0 as usize);
+            self.backends[gone.slot.0 as usize].gauge = None;
+        }
         self.heaviest = self.members.iter().map(|m| m.weight).max().unwrap_or(1).max(1);
         self.policy.rebuild(&self.members);
     }
@@ -190,11 +204,11 @@ impl Balancer {
     /// Backends that are not available are left out while others remain; when nothing else is left
     /// they are tried before the request is refused. A full backend is never picked.
     pub fn pick(&mut self, request: &Request<'_>, tried: &[Slot], now: Time) -> Result<Pick, NoPick> {
+        let tier = self.tier(tried, now)?;
         self.matched.clear();
         if self.policy.uses_prefix_index() {
             self.index.matched(request.blocks, &mut self.matched);
         }
-        let tier = self.tier(tried, now)?;
         self.gather(request, tried, tier, now);
         let spread = self.policy.uses_prefix_index() && self.is_lopsided(now);
         if spread {
@@ -221,8 +235,8 @@ impl Balancer {
             address: address.ok_or(NoPick::Exhausted)?,
             charge: self.ledger.charge(slot, request.prompt_tokens, uncached_tokens),
             reason: match tier {
-                Tier::Any => Reason::LastResort,
-                Tier::Available if spread => Reason::Spread,
+                Tier::Any | Tier::Reluctant => Reason::LastResort,
+                Tier::Available if spread && self.candidates.len() > 1 => Reason::Spread,
                 Tier::Available => choice.reason,
             },
             matched_tokens: request.prompt_tokens.saturating_sub(uncached_tokens),
@@ -308,17 +322,17 @@ impl Balancer {
         let last = self.backends[index].gauge;
         let gauge = Gauge::new(reading, before, self.ledger.account(slot), now, last.as_ref());
         self.backends[index].gauge = Some(gauge);
-        let started = last.and_then(|last| last.reading.process_start);
-        if let (Some(before), Some(after)) = (started, reading.process_start)
-            && before != after
-        {
-            self.index.clear(index);
-            self.backends[index].since = Some(now);
+        if let Some(started) = reading.process_start {
+            let before = self.backends[index].started.replace(started);
+            if before.is_some_and(|before| before != started) {
+                self.index.clear(index);
+                self.backends[index].since = Some(now);
+            }
         }
         let capacity =
             reading.kv_capacity_tokens.and_then(|t| NonZeroUsize::new((t as f64 / block_tokens) as usize));
         if let Some(blocks) = capacity {
-            self.index.resize(index, blocks);
+            self.index.resize(index, blocks.min(INDEX_LIMIT));
         }
     }
 
@@ -333,15 +347,14 @@ impl Balancer {
         self.backends[slot.0 as usize].pulse.clone()
     }
 
-    /// Among whom [`Balancer::pick`] would choose: those in rotation if any of them is untried, else whoever is
-    /// left; but no one who is full.
+    /// Among whom [`Balancer::pick`] would choose: the best tier with an untried backend; but no one who is
+    /// full.
     pub fn tier(&self, tried: &[Slot], now: Time) -> Result<Tier, NoPick> {
         let untried = || self.members.iter().filter(|m| !tried.contains(&m.slot));
-        let tier = if untried().any(|m| self.admits(Tier::Available, m.slot, now)) {
-            Tier::Available
-        } else {
-            Tier::Any
-        };
+        let tier = [Tier::Available, Tier::Reluctant]
+            .into_iter()
+            .find(|tier| untried().any(|m| self.admits(*tier, m.slot, now)))
+            .unwrap_or(Tier::Any);
         let mut asked = untried().filter(|m| self.admits(tier, m.slot, now)).peekable();
         if asked.peek().is_none() {
             return Err(NoPick::Exhausted);
@@ -349,9 +362,9 @@ impl Balancer {
         if asked.any(|m| self.has_room(m.slot)) { Ok(tier) } else { Err(NoPick::Full) }
     }
 
-    /// Whether any backend is up and in rotation.
+    /// Whether any backend is up and not ejected. One that had rather be left alone still serves.
     pub fn any_available(&self, now: Time) -> bool {
-        self.members.iter().any(|m| self.is_available(m.slot, now))
+        self.members.iter().any(|m| self.admits(Tier::Reluctant, m.slot, now))
     }
 
     /// Every backend as it stands.
@@ -365,6 +378,7 @@ impl Balancer {
                 weight: member.weight,
                 healthy: backend.healthy,
                 ejected: backend.record.ejected(now),
+                on_trial: backend.record.on_trial(now),
                 cooling: backend.record.cooling(now),
                 strained: backend.is_strained(now),
                 stalled: self.is_stalled(member.slot, now),
@@ -386,7 +400,11 @@ impl Balancer {
     }
 
     fn admits(&self, tier: Tier, slot: Slot, now: Time) -> bool {
-        tier == Tier::Any || self.is_available(slot, now)
+        match tier {
+            Tier::Available => self.is_available(slot, now),
+            Tier::Reluctant => self.backends[slot.0 as usize].is_alive(now),
+            Tier::Any => true,
+        }
     }
 
     fn is_available(&self, slot: Slot, now: Time) -> bool {
@@ -438,8 +456,8 @@ impl Balancer {
             slot: member.slot,
             weight: f64::from(member.weight) / f64::from(self.heaviest) * part,
             pending_tokens: account.pending_tokens + (others.waiting * mean) as u64,
-            active_requests: account.active_requests + others.requests.round() as u32,
-            unanswered_requests: account.unanswered_requests + others.waiting.round() as u32,
+            active_requests: account.active_requests.saturating_add(others.requests.round() as u32),
+            unanswered_requests: account.unanswered_requests.saturating_add(others.waiting.round() as u32),
             context_tokens: account.context_tokens + (others.requests * mean) as u64,
             uncached_tokens: self.uncached_tokens(request, member.slot),
         }
@@ -451,23 +469,29 @@ impl Balancer {
         request.prompt_tokens.saturating_sub((matched * request.block_tokens) as u64).max(1)
     }
 
-    /// Whether one backend had nearly all of the traffic lately and is busy, while another is not.
+    /// Whether one backend had nearly all of the traffic lately and is busy, while another, for its weight and
+    /// with one request more, would not be half as busy.
     fn is_lopsided(&mut self, now: Time) -> bool {
         let total = self.share.total(now);
         let available = || self.members.iter().filter(|m| self.is_available(m.slot, now));
-        let active = |m: &Member| self.ledger.account(m.slot).active_requests;
+        let active = |m: &Member| u64::from(self.ledger.account(m.slot).active_requests);
         let crowd = available().find(|m| {
             f64::from(self.share.of(m.slot)) > CROWD_SHARE * f64::from(total) && active(m) >= CROWD_REQUESTS
         });
-        crowd.is_some_and(|crowd| {
-            available().count() >= CROWD_MEMBERS && available().any(|m| active(m) < active(crowd) / 2)
-        })
+        let Some(crowd) = crowd else { return false };
+        let (requests, weight) = (active(crowd), u64::from(crowd.weight));
+        let is_idle = |m: &Member| 2 * (active(m) + 1) * weight < requests * u64::from(m.weight);
+        available().count() >= CROWD_MEMBERS && available().any(is_idle)
     }
 }
 
 impl Backend {
+    fn is_alive(&self, now: Time) -> bool {
+        self.healthy && !self.record.ejected(now)
+    }
+
     fn is_in_rotation(&self, now: Time) -> bool {
-        self.healthy && !self.record.ejected(now) && !self.record.on_trial(now) && !self.record.cooling(now)
+        self.is_alive(now) && !self.record.on_trial(now) && !self.record.cooling(now)
     }
 
     fn is_strained(&self, now: Time) -> bool {

@@ -129,6 +129,7 @@ fn a_restart_of_the_engine_clears_its_prefixes_and_its_cache_size_bounds_them() 
         observe(&mut b, silent);
         assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 10, "{silent:?} is no restart");
     }
+    observe(&mut b, Reading { process_start: None, ..reading });
     observe(&mut b, Reading { process_start: Some(2.0), ..reading });
     assert_eq!(b.states(Time::ZERO)[0].prefix_blocks, 0);
 }
@@ -321,4 +322,58 @@ fn only_the_ratio_of_the_weights_matters() {
             assert_eq!(picks(1), picks(16), "{name}");
         }
     }
+}
+
+#[test]
+fn those_who_had_rather_be_left_alone_go_before_those_who_are_down() {
+    let now = Time::ZERO + Duration::from_secs(100);
+    let mut b = balancer(2, SETTINGS);
+    b.observe_health(&address(0), false, now);
+    let busy = slot(&b, 1);
+    b.cool(busy, Duration::from_secs(5), now);
+    assert!(b.any_available(now), "it lives");
+    for _ in 0..10 {
+        let pick = b.pick(&request(&[]), &[], now).unwrap();
+        assert_eq!((pick.address, pick.reason), (address(1), Reason::LastResort));
+        b.settle(pick.charge);
+    }
+    let down = b.pick(&request(&[]), &[busy], now).unwrap();
+    assert_eq!(down.address, address(0));
+    b.settle(down.charge);
+}
+
+#[test]
+fn a_backend_that_is_heavy_on_purpose_is_no_crowd() {
+    let now = Time::ZERO + Duration::from_secs(1);
+    let mut b = balancer(0, SETTINGS);
+    b.set_members([(address(0), 20), (address(1), 1), (address(2), 1)], now);
+    let reasons: Vec<Reason> = (0..200).map(|_| b.pick(&request(&[]), &[], now).unwrap().reason).collect();
+    assert!(!reasons.contains(&Reason::Spread), "{reasons:?}");
+}
+
+#[test]
+fn numbers_that_no_engine_has_wrap_nothing() {
+    let mut b = balancer(2, SETTINGS);
+    let absurd = Reading {
+        running: Some(u64::MAX),
+        waiting: Some(u64::MAX),
+        kv_capacity_tokens: Some(u64::MAX),
+        ..Reading::default()
+    };
+    observe(&mut b, absurd);
+    observe(&mut b, absurd);
+    assert_eq!(spread(&mut b, 10, &[1, 2, 3], Time::ZERO), [0, 10]);
+}
+
+#[test]
+fn a_backend_that_left_comes_back_without_its_cache() {
+    let mut b = balancer(1, SETTINGS);
+    let blocks: Vec<u64> = (1..=7).collect();
+    let first = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    b.settle(first.charge);
+    b.set_members([(address(1), 1)], Time::ZERO);
+    b.set_members([(address(0), 1)], Time::ZERO);
+    let second = b.pick(&request(&blocks), &[], Time::ZERO).unwrap();
+    assert_eq!((second.address, second.matched_tokens), (address(0), 0));
+    b.settle(second.charge);
 }

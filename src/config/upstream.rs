@@ -56,7 +56,8 @@ pub struct Upstream {
     #[serde(deserialize_with = "units::duration_or_off")]
     pub slow_start: Duration,
     /// How long a backend with requests in flight may send nothing before it gets no more of them; `off` for
-    /// ever. Default 60s. Its streams are not cut, and its first byte brings it back.
+    /// ever. Default 60s. Its streams are not cut, and its first byte brings it back. An answer that is not
+    /// streamed sends nothing until its end: where such answers take longer, so should this.
     #[serde(deserialize_with = "units::duration_or_off")]
     pub stall_timeout: Duration,
     /// Requests in flight per backend, 1 to 1000000; beyond it they queue. Absent: no limit.

@@ -451,6 +451,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_escape_is_replaced_wherever_it_stands() {
+        for (raw, want) in [
+            (r"\q", "\u{fffd}q"),
+            (r"\u12", "\u{fffd}12"),
+            (r"\u12\n", "\u{fffd}12\n"),
+            (r"\ud83dz", "\u{fffd}z"),
+            (r"\ude00", "\u{fffd}"),
+            (r"\ud83d\ud83d\ude00", "\u{fffd}😀"),
+        ] {
+            for before in (0..70).chain(1_000..1_060) {
+                for after in [0, 1, 40] {
+                    let (before, after) = ("x".repeat(before), "y z".repeat(after));
+                    let raw = format!("\"{before}{raw}{after}\"");
+                    let text = Cursor::new(raw.as_bytes()).value().unwrap().text().unwrap();
+                    assert_eq!(text.to_string_lossy(), format!("{before}{want}{after}"), "{raw}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn escapes_are_decoded_wherever_they_stand() {
         let seed = fastrand::u64(..);
         println!("seed {seed}");

@@ -77,7 +77,7 @@ impl Proxies {
             block_tokens,
             flights: Vec::new(),
             accounts: VecDeque::new(),
-            lot: fastrand::Rng::with_seed(seed),
+            lot: fastrand::Rng::with_seed(!seed),
         }
     }
 

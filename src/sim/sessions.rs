@@ -100,6 +100,9 @@ const READING: f64 = 0.02;
 /// Sessions begin this much before the trace does, in seconds: some three times as long as the mean chat.
 const WARM_UP: f64 = 600.0;
 
+/// At rates at which that would be more requests than this, the warm-up is shorter.
+const WARM_UP_REQUESTS: f64 = 300_000.0;
+
 /// What the sessions of one kind are like.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -176,6 +179,8 @@ struct Crowd {
     /// What happens next; at the same moment, in the order in which it was planned.
     calendar: BinaryHeap<Reverse<(Duration, u64, Event)>>,
     planned: u64,
+    /// What comes before this is not told.
+    warm_up: Duration,
     /// The number of the next text.
     texts: u64,
     rng: Rng,
@@ -210,6 +215,7 @@ impl Crowd {
             free: Vec::new(),
             calendar: BinaryHeap::new(),
             planned: 0,
+            warm_up: Duration::from_secs_f64(WARM_UP.min(WARM_UP_REQUESTS / rate)),
             texts: 0,
             rng: Rng::with_seed(seed),
         };
@@ -288,7 +294,7 @@ impl Iterator for Crowd {
     type Item = trace::Request;
 
     fn next(&mut self) -> Option<trace::Request> {
-        let warm_up = Duration::from_secs_f64(WARM_UP);
+        let warm_up = self.warm_up;
         loop {
             let Reverse((now, _, event)) = self.calendar.pop()?;
             match event {

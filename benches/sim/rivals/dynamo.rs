@@ -11,7 +11,8 @@
 //! All in tokens here. Active prefill is what is uncached of the requests without a first token. Active
 //! blocks are those of all requests in flight, a shared one counted once; new are the prompt's blocks that
 //! are not active there. Overlap is what the replica has cached: an index of the size of its cache stands for
-//! the engines' events. Left out: host and disk tiers, growth of the answer, all that is off by default.
+//! the engines' events. Read otherwise than in research/routing.md s.1.3, which adds all incoming blocks: that is the
+//! same for every replica and would decide nothing; the shared ones off is kinder to the rule. Left out: host and disk tiers, growth of the answer, all that is off by default.
 
 use std::collections::HashMap;
 
