@@ -4,10 +4,13 @@
 //! it for a fault of the request under way nor closes the connection for it. While an answer is under way the
 //! connection is still read, because that is how one notices that the client has gone.
 
+use std::fmt;
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
@@ -18,6 +21,7 @@ use pingora::protocols::{
     TimingDigest, UniqueID, UniqueIDType,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use super::chunks::{Chunks, Malformed};
 use super::frames::Frames;
@@ -26,16 +30,30 @@ use super::head::Framing;
 /// Room made for a head at first.
 const HEAD_ROOM: usize = 4 * 1024;
 
-/// How much a client may send ahead of its turn before it is no longer read.
-const AHEAD_LIMIT: usize = 16 * 1024;
+/// How much a client may send ahead of its turn. What exceeds it is lost, and the connection with it once the
+/// answer under way has ended; it has to be read all the same, to notice when the client goes.
+const AHEAD_LIMIT: usize = 128 * 1024;
 
 /// A connection, and how much of it belongs to the present request.
-#[derive(Debug)]
 pub(super) struct Downstream {
     inner: Stream,
     /// Read from the client, and not taken yet.
     pub(super) ahead: BytesMut,
     body: Body,
+    /// More came ahead than is kept.
+    lost: bool,
+    /// How long a write may wait for the client. Pingora limits that of bodies only.
+    patience: Duration,
+    /// Runs while a write waits.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+/// Without what the client said: there may be keys and prompts in it.
+impl fmt::Debug for Downstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ahead, body) = (self.ahead.len(), &self.body);
+        f.debug_struct("Downstream").field("ahead", &ahead).field("body", body).finish_non_exhaustive()
+    }
 }
 
 /// What is left of the body.
@@ -45,6 +63,8 @@ enum Body {
     Chunked(Chunks),
     /// HTTP/2, all of it.
     Frames(Frames),
+    /// Its end cannot be found any more.
+    Broken,
 }
 
 impl Body {
@@ -62,13 +82,23 @@ impl Body {
             }
             Self::Chunked(chunks) => chunks.follow(bytes),
             Self::Frames(frames) => frames.follow(bytes),
+            Self::Broken => Err(Malformed),
         }
+    }
+
+    /// The same as an operation of the connection; once it has failed it always fails.
+    fn cut(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.take(bytes).map_err(|_: Malformed| {
+            *self = Self::Broken;
+            io::Error::from(io::ErrorKind::InvalidData)
+        })
     }
 }
 
 impl Downstream {
-    pub(super) fn new(inner: Stream) -> Self {
-        Self { inner, ahead: BytesMut::new(), body: Body::Length(0) }
+    /// A connection on which no write may wait longer than `patience`.
+    pub(super) fn new(inner: Stream, patience: Duration) -> Self {
+        Self { inner, ahead: BytesMut::new(), body: Body::Length(0), lost: false, patience, stalled: None }
     }
 
     /// Waits for more from the client; zero if it has ended.
@@ -99,29 +129,43 @@ impl Downstream {
         self.body = Body::Frames(frames);
     }
 
-    /// Whether the body of the last request has been read to its end.
+    /// Whether the body of the last request has been read to its end, and all that came after it kept.
     pub(super) const fn is_between_requests(&self) -> bool {
-        self.body.is_over()
+        self.body.is_over() && !self.lost
     }
 
-    /// What is below, and what was read of it already.
-    pub(super) fn into_parts(self) -> (Stream, BytesMut) {
-        (self.inner, self.ahead)
+    /// What is below.
+    pub(super) fn into_inner(self) -> Stream {
+        self.inner
     }
 
     /// Keeps what a client sends before its answer has ended, until it ends itself.
-    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut probe = [0; 512];
-        while self.ahead.len() < AHEAD_LIMIT {
+        loop {
             let mut read = ReadBuf::new(&mut probe);
             ready!(Pin::new(&mut self.inner).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            self.ahead.extend_from_slice(read.filled());
+            if self.ahead.len() < AHEAD_LIMIT {
+                self.ahead.extend_from_slice(read.filled());
+            } else {
+                self.lost = true;
+            }
         }
-        // It is read on when this request has ended, so nothing has to wake us.
-        Poll::Pending
+    }
+
+    /// The outcome of a write, which fails once the client has let it wait too long.
+    fn in_time<T>(&mut self, cx: &mut Context<'_>, write: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if write.is_ready() {
+            self.stalled = None;
+            return write;
+        }
+        let patience = self.patience;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(patience)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -129,41 +173,39 @@ impl AsyncRead for Downstream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.body.is_over() {
-            return this.poll_patience(cx);
+            return this.poll_ahead(cx);
         }
-        let invalid = |_: Malformed| io::Error::from(io::ErrorKind::InvalidData);
         if !this.ahead.is_empty() {
             let length = this.ahead.len().min(buf.remaining());
-            let taken = this.body.take(&this.ahead[..length]).map_err(invalid)?;
+            let taken = this.body.cut(&this.ahead[..length])?;
             buf.put_slice(&this.ahead[..taken]);
             this.ahead.advance(taken);
             return Poll::Ready(Ok(()));
         }
-        let room = match this.body {
-            Body::Length(left) => buf.remaining().min(usize::try_from(left).unwrap_or(usize::MAX)),
-            Body::Chunked(_) | Body::Frames(_) => buf.remaining(),
-        };
-        let mut read = ReadBuf::new(buf.initialize_unfilled_to(room));
-        ready!(Pin::new(&mut this.inner).poll_read(cx, &mut read))?;
-        let bytes = read.filled();
-        let taken = this.body.take(bytes).map_err(invalid)?;
-        this.ahead.extend_from_slice(&bytes[taken..]);
-        buf.advance(taken);
+        // Straight into the caller's buffer, which is not filled with zeros first; the rest is taken back.
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+        let taken = this.body.cut(&buf.filled()[before..])?;
+        this.ahead.extend_from_slice(&buf.filled()[before + taken..]);
+        buf.set_filled(before + taken);
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for Downstream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
+        let done = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.in_time(cx, done)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        let done = Pin::new(&mut self.inner).poll_flush(cx);
+        self.in_time(cx, done)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
+        let done = Pin::new(&mut self.inner).poll_shutdown(cx);
+        self.in_time(cx, done)
     }
 
     fn poll_write_vectored(
@@ -171,7 +213,8 @@ impl AsyncWrite for Downstream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+        let done = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.in_time(cx, done)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -220,5 +263,5 @@ impl GetSocketDigest for Downstream {
     }
 }
 
-// No peeking: nothing of this connection is read twice.
+// No peeking: nothing of this connection is read twice. Pingora then takes the connection for what it was told.
 impl Peek for Downstream {}

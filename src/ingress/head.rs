@@ -5,6 +5,8 @@
 //! end in CRLF, names are tokens, nothing is folded, one Host, and at most one framing header, which says a
 //! number or `chunked`.
 
+use http::uri::PathAndQuery;
+
 use super::Refusal;
 use crate::config::Limits;
 
@@ -91,25 +93,29 @@ impl<'a> RequestLine<'a> {
         if target.len() as u64 > limits.url {
             return Err(Refusal::url_too_long(limits.url));
         }
-        let authority = match target {
-            b"*" if method == b"OPTIONS" => None,
-            [b'/', ..] => None,
-            _ => Some(authority(target).ok_or_else(|| Refusal::malformed("a target that is no path"))?),
+        let (authority, path) = match target {
+            b"*" if method == b"OPTIONS" => (None, target),
+            [b'/', ..] => (None, target),
+            _ => {
+                let split = split(target).ok_or_else(|| Refusal::malformed("a target that is no path"))?;
+                (Some(split.0), split.1)
+            }
         };
-        if !target.iter().all(u8::is_ascii_graphic) {
+        // What the parser behind would refuse without a word.
+        if !target.iter().all(u8::is_ascii_graphic) || PathAndQuery::try_from(path).is_err() {
             return Err(Refusal::malformed("a target with characters that a URL cannot hold"));
         }
         Ok(Self { authority, is_http11 })
     }
 }
 
-/// The authority of a target in absolute form.
-fn authority(target: &[u8]) -> Option<&[u8]> {
+/// The authority of a target in absolute form, and what follows it.
+fn split(target: &[u8]) -> Option<(&[u8], &[u8])> {
     let at = target.windows(3).position(|three| three == b"://")?;
     let (scheme, rest) = (&target[..at], &target[at + 3..]);
     let known = scheme.eq_ignore_ascii_case(b"http") || scheme.eq_ignore_ascii_case(b"https");
-    let end = rest.iter().position(|b| b"/?#\\".contains(b)).unwrap_or(rest.len());
-    known.then(|| &rest[..end])
+    let end = rest.iter().position(|b| b"/?#".contains(b)).unwrap_or(rest.len());
+    known.then(|| rest.split_at(end))
 }
 
 /// The headers that decide where a request goes and where it ends.
@@ -126,31 +132,32 @@ impl<'a> Seen<'a> {
             return Err(Refusal::malformed("a header that is folded over two lines"));
         }
         let colon = line.iter().position(|&b| b == b':');
-        let (name, value) = colon.map_or((line, None), |at| (&line[..at], Some(line[at + 1..].trim_ascii())));
+        let (name, value) = colon.map_or((line, None), |at| (&line[..at], Some(&line[at + 1..])));
         let Some(value) = value.filter(|_| !name.is_empty() && name.iter().all(|&b| is_token(b))) else {
             return Err(Refusal::malformed("a header whose name is not a token before a colon"));
         };
         if value.iter().any(|&b| b.is_ascii_control() && b != b'\t') {
             return Err(Refusal::malformed("a control character in a header"));
         }
-        let (place, twice) = match name.len() {
+        let (place, twice): (_, fn() -> Refusal) = match name.len() {
             4 if name.eq_ignore_ascii_case(b"host") => {
-                (&mut self.host, Refusal::bad_host("there is more than one"))
+                (&mut self.host, || Refusal::bad_host("there is more than one"))
             }
             14 if name.eq_ignore_ascii_case(b"content-length") => {
-                (&mut self.length, Refusal::ambiguous_framing("content-length is there twice"))
+                (&mut self.length, || Refusal::ambiguous_framing("content-length is there twice"))
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
-                (&mut self.coding, Refusal::ambiguous_framing("transfer-encoding is there twice"))
+                (&mut self.coding, || Refusal::ambiguous_framing("transfer-encoding is there twice"))
             }
             _ => return Ok(()),
         };
-        if place.replace(value).is_some() { Err(twice) } else { Ok(()) }
+        if place.replace(trim(value)).is_some() { Err(twice()) } else { Ok(()) }
     }
 
     fn host(&self, line: &RequestLine<'_>) -> Result<(), Refusal> {
         let Some(host) = self.host else {
-            return if line.is_http11 { Err(Refusal::bad_host("there is none")) } else { Ok(()) };
+            let may_lack = !line.is_http11 && line.authority.is_none();
+            return if may_lack { Ok(()) } else { Err(Refusal::bad_host("there is none")) };
         };
         if !crate::proxy::is_host(host) {
             return Err(Refusal::bad_host("it is no host name, with or without a port"));
@@ -182,6 +189,14 @@ impl<'a> Seen<'a> {
             (None, Some(_)) => Err(Refusal::ambiguous_framing("HTTP/1.0 has no transfer-encoding")),
         }
     }
+}
+
+/// `value` without the blanks around it (RFC 9110 s.5.6.3); no other control characters, as `trim_ascii` would.
+fn trim(value: &[u8]) -> &[u8] {
+    let is_text = |b: &u8| !matches!(b, b' ' | b'\t');
+    let start = value.iter().position(is_text).unwrap_or(value.len());
+    let end = value.iter().rposition(is_text).map_or(start, |at| at + 1);
+    &value[start..end]
 }
 
 const fn is_token(b: u8) -> bool {
@@ -226,6 +241,9 @@ mod tests {
             "transfer-encoding: gzip, chunked",
             "transfer-encoding: \"chunked\"",
             "transfer-encoding: \u{b}chunked",
+            "transfer-encoding: \u{c}chunked",
+            "transfer-encoding: chunked\r",
+            "content-length: \u{c}5",
         ] {
             let code = checked(POST, &format!("host: x\n{fields}")).unwrap_err();
             assert!(["ambiguous_framing", "bad_request"].contains(&code), "{fields}: {code}");

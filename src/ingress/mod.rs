@@ -50,6 +50,9 @@ const HTTP2_HEAD: usize = 18;
 const LINGER_BYTES: usize = 1 << 20;
 const LINGER: Duration = Duration::from_secs(2);
 
+/// The same for one of a crowd, who has hardly said anything yet.
+const LINGER_IN_CROWD: Duration = Duration::from_millis(100);
+
 /// A listener, as its connections need to know it.
 pub struct Listener {
     /// Where it listens; the host may be unspecified.
@@ -142,7 +145,7 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
         if let Some(None) = connected {
             let refusal = Refusal::too_many_connections();
             return match &listener.tls {
-                None => self.refuse(Downstream::new(Box::new(tcp)), &refusal).await,
+                None => self.refuse(Box::new(tcp), &refusal, LINGER_IN_CROWD).await,
                 Some(_) => self.count(refusal.code),
             };
         }
@@ -157,10 +160,12 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
                 Err(_) => return self.count("tls_timeout"),
             },
         };
-        if stream.selected_alpn_proto() == Some(ALPN::H2) {
-            self.serve_http2(Downstream::new(stream), shutdown).await;
+        let is_http2 = stream.selected_alpn_proto() == Some(ALPN::H2);
+        let downstream = Downstream::new(stream, self.limits.client_write_timeout);
+        if is_http2 {
+            self.serve_http2(downstream, shutdown).await;
         } else {
-            self.serve_http1(listener, Downstream::new(stream), shutdown).await;
+            self.serve_http1(listener, downstream, shutdown).await;
         }
     }
 
@@ -187,7 +192,8 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
             true
         };
         match timeout(self.limits.header_timeout, preface).await {
-            Ok(true) => {}
+            Ok(true) if downstream.ahead.starts_with(HTTP2_PREFACE) => {}
+            Ok(true) => return self.count("bad_request"),
             Ok(false) => return,
             Err(_) => return self.count("header_timeout"),
         }
@@ -205,8 +211,12 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
                 Arrival::Http2 if new && listener.tls.is_none() && listener.http2 => {
                     return self.serve_http2(downstream, shutdown).await;
                 }
-                Arrival::Http2 => return self.refuse(downstream, &Refusal::malformed("HTTP/2")).await,
-                Arrival::Refused(refusal) => return self.refuse(downstream, &refusal).await,
+                Arrival::Http2 => {
+                    return self.refuse(downstream.into_inner(), &Refusal::malformed("HTTP/2"), LINGER).await;
+                }
+                Arrival::Refused(refusal) => {
+                    return self.refuse(downstream.into_inner(), &refusal, LINGER).await;
+                }
                 Arrival::Gone => return,
             };
             let mut session = ServerSession::new_http1(Box::new(downstream));
@@ -278,9 +288,8 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
     }
 
     /// Answers and closes, in an order in which the client can read the answer.
-    async fn refuse(&self, downstream: Downstream, refusal: &Refusal) {
+    async fn refuse(&self, mut stream: Stream, refusal: &Refusal, linger: Duration) {
         self.count(refusal.code);
-        let (mut stream, _ahead) = downstream.into_parts();
         let id = crate::proxy::new_id();
         log::debug!("refused id={id} code={} message={:?}", refusal.code, refusal.message);
         let farewell = async {
@@ -288,7 +297,7 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
             AsyncWriteExt::shutdown(&mut stream).await?;
             tokio::io::copy(&mut stream.take(LINGER_BYTES as u64), &mut tokio::io::sink()).await
         };
-        let _in_vain = timeout(LINGER, farewell).await;
+        let _in_vain = timeout(linger, farewell).await;
     }
 }
 
@@ -296,7 +305,8 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
 async fn begins(downstream: &mut Downstream) -> bool {
     loop {
         downstream.skip_empty_lines();
-        if !downstream.ahead.is_empty() {
+        // The other half of an empty line may be on its way.
+        if !downstream.ahead.is_empty() && downstream.ahead[..] != b"\r"[..] {
             return true;
         }
         if !matches!(downstream.read_ahead().await, Ok(1..)) {

@@ -188,7 +188,9 @@ fn check(length: u64, limit: u64, reservation: &mut Reservation) -> Result<(), U
 /// here.
 async fn send_continue(ds: &mut ServerSession) -> pingora::Result<()> {
     let expects = |value: &http::HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"100-continue");
-    if ds.get_header(http::header::EXPECT).is_some_and(expects) {
+    // HTTP/1.0 knows no interim answers (RFC 9110 s.10.1.1).
+    let understands = ds.req_header().version != http::Version::HTTP_10;
+    if understands && ds.get_header(http::header::EXPECT).is_some_and(expects) {
         let keepalive = ds.get_keepalive();
         ds.write_continue_response().await?;
         ds.set_keepalive(keepalive);

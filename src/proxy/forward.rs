@@ -54,11 +54,13 @@ impl Origin {
         if !self.is_trusted {
             return self.peer;
         }
-        let values: Vec<_> =
-            request.headers.get_all(FOR).iter().filter_map(|value| value.to_str().ok()).collect();
+        let hops = request.headers.get_all(FOR).iter().rev();
         let mut client = self.peer;
-        for hop in values.iter().rev().flat_map(|value| value.rsplit(',')) {
-            let Ok(address) = hop.trim().parse::<IpAddr>() else { return client };
+        for hop in hops.flat_map(|value| value.as_bytes().rsplit(|&b| b == b',')) {
+            // What cannot be read hides who came before it.
+            let address =
+                std::str::from_utf8(hop.trim_ascii()).ok().and_then(|hop| hop.parse::<IpAddr>().ok());
+            let Some(address) = address else { return client };
             client = Some(address.to_canonical());
             if !is_trusted(address, trusted) {
                 break;

@@ -273,8 +273,8 @@ impl ProxyHttp for Proxy {
         if response.status.is_informational() {
             return Ok(());
         }
-        response.insert_header(REQUEST_ID, ctx.id.as_str())?;
         forward::keep_end_to_end(response);
+        response.insert_header(REQUEST_ID, ctx.id.as_str())?;
         if session.is_process_shutting_down() {
             session.set_keepalive(None);
         }

@@ -217,3 +217,42 @@ async fn what_is_too_long_has_its_own_status() {
     assert_eq!(client.ask(&Request::get("/v1/x")).await.status, 200, "the connection lives on");
     assert_eq!(engine[0].count(), 1);
 }
+
+#[tokio::test]
+async fn a_target_that_no_url_can_hold_is_refused_in_our_words() {
+    let engine = [Engine::good()];
+    let proxy = before(&engine, "").await;
+    for target in ["/a<b", "/a`b", "/?q=\"x\"", "/?q=<x"] {
+        let head = format!("GET {target} HTTP/1.1\r\nhost: x\r\n\r\n");
+        refused(&proxy, head.as_bytes(), 400, "bad_request").await;
+    }
+    let evil = "GET http://x\\evil/ HTTP/1.1\r\nhost: x\r\n\r\n";
+    for head in [evil, "GET http://x/ HTTP/1.0\r\n\r\n", "GET http:/// HTTP/1.0\r\n\r\n"] {
+        refused(&proxy, head.as_bytes(), 400, "bad_host").await;
+    }
+    assert_eq!(engine[0].count(), 0);
+}
+
+#[tokio::test]
+async fn an_empty_line_in_two_pieces_is_an_empty_line() {
+    let engine = [Engine::good()];
+    let proxy = before(&engine, "").await;
+    let mut client = Raw::connect(proxy.address(Line::Http1)).await;
+    for _ in 0..3 {
+        client.send("GET /v1/x HTTP/1.1\r\nhost: x\r\n\r\n\r").await.unwrap();
+        assert_eq!(client.answer().await.status, 200);
+        // Long enough for the CR to have been read by itself.
+        assert_eq!(proxy.ask(&Request::get("/health")).await.status, 200);
+        client.send("\n").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_preface_that_is_none_is_not_served() {
+    let engine = [Engine::good()];
+    let proxy = before(&engine, "").await;
+    let mut client = Raw::connect(proxy.address(Line::Http2)).await;
+    client.send("PRI * HTTP/2.0\r\n\r\nXXXXXX").await.unwrap();
+    assert!(client.until_closed().await.is_empty());
+    proxy.counts("plimsoll_refusals_total", &[("code", "bad_request")], 1.0).await;
+}

@@ -234,3 +234,18 @@ async fn a_client_that_takes_many_small_events_is_no_flood() {
     let answer = client.ask(&chat()).await;
     assert!(answer.complete && answer.events().len() >= 3_000);
 }
+
+#[tokio::test]
+async fn a_client_that_asks_and_never_reads_is_let_go() {
+    let engine = Engine::good();
+    let mut proxy = limited(&engine, "client_write_timeout: 300ms").await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut deaf = socket.connect(proxy.address(Line::Http1)).await.unwrap();
+    // Bodiless answers, which Pingora flushes without a limit of time.
+    let requests = "HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n".repeat(1000);
+    let deafness = async { while deaf.write_all(requests.as_bytes()).await.is_ok() {} };
+    within("the end of a connection that is not read", deafness).await;
+    proxy.signal("TERM");
+    assert!(within("the end of the process", proxy.exit()).await.success());
+}
