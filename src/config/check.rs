@@ -14,6 +14,10 @@ use super::tree::Path;
 use super::upstream::{Models, Upstream};
 use crate::policy::{Policies, PolicyConfig};
 
+/// What Pingora and its parsers read of a URL and of a head whatever we allow, rounded down.
+const LONGEST_URL: u64 = 60 << 10;
+const LARGEST_HEAD: u64 = 1000 << 10;
+
 /// Completes `config`, which `reading` gave, with `folder` as the folder of the file and `policies` as those
 /// that may be named; says what is wrong with it.
 pub(super) fn complete(
@@ -149,6 +153,11 @@ impl Check<'_> {
             let at = if self.reading.is_written(&head) { head } else { url };
             let message = "`headers` has no room for a URL of `url` bytes".to_owned();
             self.value(at, message, "at least 128 bytes more");
+        }
+        let bounds =
+            [("url", config.limits.url, LONGEST_URL), ("headers", config.limits.headers, LARGEST_HEAD)];
+        for (key, _, most) in bounds.into_iter().filter(|(_, size, most)| size > most) {
+            self.value(path.key(key), format!("more than the {} KiB that Pingora reads", most >> 10), "");
         }
     }
 

@@ -149,10 +149,10 @@ impl Default for Observe {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Longest URL, in bytes; beyond it 414. Default 8KiB, as nginx and most others do.
+    /// Longest URL, in bytes, at most 60KiB; beyond it 414. Default 8KiB, as nginx and most others do.
     #[serde(deserialize_with = "units::size")]
     pub url: u64,
-    /// Largest head of a request (the first line and all headers), in bytes; beyond it 431. Default 32KiB, as
+    /// Largest head of a request (the first line and all headers), in bytes, at most 1000KiB; beyond it 431. Default 32KiB, as
     /// nginx: long keys and cookies pass, megabytes for nothing do not.
     #[serde(deserialize_with = "units::size")]
     pub headers: u64,
