@@ -152,8 +152,8 @@ pub struct Limits {
     /// Longest URL, in bytes, at most 60KiB; beyond it 414. Default 8KiB, as nginx and most others do.
     #[serde(deserialize_with = "units::size")]
     pub url: u64,
-    /// Largest head of a request (the first line and all headers), in bytes, at most 1000KiB; beyond it 431. Default 32KiB, as
-    /// nginx: long keys and cookies pass, megabytes for nothing do not.
+    /// Largest head of a request (the first line and all headers), in bytes, at most 1000KiB; beyond it 431.
+    /// Default 32KiB, as nginx: long keys and cookies pass, megabytes for nothing do not.
     #[serde(deserialize_with = "units::size")]
     pub headers: u64,
     /// Most headers of a request, 1 to 256; beyond it 431. Default 100, as Envoy and HAProxy do.
