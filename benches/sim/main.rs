@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --bench sim` replays four traces under every contender and three seeds, prints a report in
 //! Markdown and checks the gates of issue 3: the exit code is 1 if one fails. `-- --write` also puts the
-//! report into benches/README.md. The same command prints the same bytes, except for the time it took.
+//! report into benches/README.md and the short of it into README.md. The same command prints the same bytes, except for the time it took.
 
 pub mod contenders;
 pub mod gates;
@@ -48,7 +48,7 @@ struct Options {
     /// Only what the gates need.
     #[arg(long, conflicts_with_all = ["policy", "write"])]
     gates: bool,
-    /// Put the report into benches/README.md.
+    /// Put the report into benches/README.md, and the short of it into README.md.
     #[arg(long, conflicts_with_all = ["trace", "policy"])]
     write: bool,
     /// What cargo says to every bench.
@@ -72,11 +72,16 @@ fn main() -> ExitCode {
     let gates = gates::gates(&outcomes);
     let report = tables::report(&outcomes, &gates);
     let _ = io::stdout().write_all(report.as_bytes());
-    if options.write
-        && let Err(why) = write(&report)
-    {
-        let _ = writeln!(io::stderr(), "benches/README.md: {why}");
-        return ExitCode::from(2);
+    if options.write {
+        let summary = tables::summary(&outcomes);
+        for (file, name, section) in
+            [("benches/README.md", "sim", &report), ("README.md", "routing", &summary)]
+        {
+            if let Err(why) = write(file, name, section) {
+                let _ = writeln!(io::stderr(), "{file}: {why}");
+                return ExitCode::from(2);
+            }
+        }
     }
     if gates.iter().all(|gate| gate.passes) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -190,33 +195,14 @@ fn progress(job: &Job, outcome: &Outcome) -> String {
     )
 }
 
-const BEGIN: &str = "<!-- sim:begin -->\n";
-const END: &str = "<!-- sim:end -->\n";
-
-/// What stands above the section when it is first written; it may be edited there.
-const HEADING: &str = "\
-What a policy is worth: every policy of ours, rules of other projects as yardsticks, and a clairvoyant, on four
-recorded days in virtual time. The command fails if a gate does; the same command prints the same bytes, except
-for the line about wall time.
-
-```text
-cargo bench --bench sim -- --write      # 6 minutes of 2 cores; needs ../shared/traces
-cargo bench --bench sim -- --gates      # only what the gates need; also --quick, --trace, --policy, --seeds
-```
-";
-
-/// Puts `report` between the marks in benches/README.md, which is made if it is not there.
-fn write(report: &str) -> io::Result<()> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/README.md");
-    let text = match std::fs::read_to_string(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => "# Benches\n".to_owned(),
-        text => text?,
+/// Puts `section` between the marks called `name` in a file of the repository; what stands around it may be edited.
+fn write(file: &str, name: &str, section: &str) -> io::Result<()> {
+    let (begin, end) = (format!("<!-- {name}:begin -->\n"), format!("<!-- {name}:end -->\n"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = std::fs::read_to_string(&path)?;
+    let parts = text.split_once(&begin).and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
+    let Some((before, after)) = parts else {
+        return Err(io::Error::other(format!("no place between `{}` and `{}`", begin.trim(), end.trim())));
     };
-    let section = format!("{BEGIN}\n{report}\n{END}");
-    let parts = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let text = match parts {
-        Some((before, after)) => format!("{before}{section}{after}"),
-        None => format!("{text}\n## sim\n\n{HEADING}\n{section}"),
-    };
-    std::fs::write(path, text)
+    std::fs::write(path, format!("{before}{begin}\n{section}\n{end}{after}"))
 }

@@ -74,6 +74,28 @@ pub fn report(outcomes: &Outcomes, gates: &[Gate]) -> String {
     text
 }
 
+/// The short of it, for the project's README: how much more than plain round robin each serves.
+pub fn summary(outcomes: &Outcomes) -> String {
+    let view = View { outcomes };
+    let mut text = "| capacity, x plain round robin |".to_owned();
+    for workload in &workloads::ALL {
+        let _ = write!(text, " {} |", workload.name);
+    }
+    let _ = writeln!(text, "\n|---|{}", "---:|".repeat(workloads::ALL.len()));
+    for contender in Contender::all().into_iter().filter(|contender| *contender != Contender::Oracle) {
+        let _ = write!(text, "| {} |", contender.title());
+        for index in 0..workloads::ALL.len() {
+            let turns = view.main(index, ROUND_ROBIN, CAPACITY.of);
+            let shown = |capacity: f64| number(capacity / turns, |value| format!("{value:.2}"));
+            let multiple = shown(view.main(index, contender, CAPACITY.of));
+            let is_best = view.best(index, &CAPACITY).is_some_and(|(_, best)| shown(best) == multiple);
+            let _ = if is_best { write!(text, " **{multiple}** |") } else { write!(text, " {multiple} |") };
+        }
+        text.push('\n');
+    }
+    text
+}
+
 const INTRODUCTION: &str = "\
 Replays in virtual time of the traces in `../shared/traces`, on engines modelled by `src/sim` (constants from \
 NVIDIA AIConfigurator, no GPU was used). Our policies run the code of production. Policies of other projects are \
