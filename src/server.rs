@@ -84,7 +84,7 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     let background = Background {
         upstreams,
         probes,
-        in_flight,
+        in_flight: in_flight.clone(),
         drain_timeout: config.server.drain_timeout,
         listeners: config.listeners.iter().map(|l| l.address.clone()).collect(),
     };
@@ -93,7 +93,7 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
         write_pid(path)?;
     }
     let socket = config.server.upgrade_socket.as_ref().map(|path| path.display().to_string());
-    server.run(RunArgs { shutdown_signal: Box::new(Signals { upgrade_socket: socket }) });
+    server.run(RunArgs { shutdown_signal: Box::new(Signals { upgrade_socket: socket, in_flight }) });
     Ok(())
 }
 
@@ -360,6 +360,7 @@ fn notify(state: &str) {
 /// serving for nothing.
 struct Signals {
     upgrade_socket: Option<String>,
+    in_flight: InFlight,
 }
 
 impl Signals {
@@ -371,11 +372,9 @@ impl Signals {
             |line: &str| line.ends_with(path.as_str()) && line.split_whitespace().nth(3) == Some("00010000");
         sockets.lines().any(is_listening)
     }
-}
 
-#[async_trait]
-impl ShutdownSignalWatch for Signals {
-    async fn recv(&self) -> ShutdownSignal {
+    /// The next signal that ends this process.
+    async fn wait(&self) -> ShutdownSignal {
         let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::quit()].map(signal);
         let [Ok(mut term), Ok(mut int), Ok(mut quit)] = signals else {
             log::error!("signals cannot be watched");
@@ -393,6 +392,15 @@ impl ShutdownSignalWatch for Signals {
                 }
             }
         }
+    }
+}
+
+#[async_trait]
+impl ShutdownSignalWatch for Signals {
+    async fn recv(&self) -> ShutdownSignal {
+        let signal = self.wait().await;
+        self.in_flight.stop();
+        signal
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use pingora::http::ResponseHeader;
 use tokio::sync::Notify;
@@ -15,13 +15,14 @@ use crate::policy::Slot;
 use crate::prompt::Digest;
 use crate::upstream::{Charge, Live, Upstream};
 
-/// How many requests are in flight.
+/// How many requests are in flight, and whether more are wanted.
 #[derive(Clone, Default)]
 pub struct InFlight(Arc<Count>);
 
 #[derive(Default)]
 struct Count {
     requests: AtomicUsize,
+    stopping: AtomicBool,
     none: Notify,
 }
 
@@ -29,6 +30,16 @@ impl InFlight {
     /// Requests in flight.
     pub fn count(&self) -> usize {
         self.0.requests.load(Ordering::Acquire)
+    }
+
+    /// The process has been told to stop: from now on answers say that their connection closes. Pingora's own flag
+    /// follows only after the listeners have closed.
+    pub fn stop(&self) {
+        self.0.stopping.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Acquire)
     }
 
     /// Resolves when there is none.

@@ -275,7 +275,7 @@ impl ProxyHttp for Proxy {
         }
         forward::keep_end_to_end(response);
         response.insert_header(REQUEST_ID, ctx.id.as_str())?;
-        if session.is_process_shutting_down() {
+        if self.in_flight.is_stopping() {
             session.set_keepalive(None);
         }
         let is_http10 = session.req_header().version == http::Version::HTTP_10;
