@@ -26,14 +26,14 @@ pub mod run;
 pub mod scrape;
 pub mod table;
 
-use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use plimsoll::sim::trace::Trace;
-use ruzstd::decoding::StreamingDecoder;
+use plimsoll::simulate::file;
 
 use run::Run;
 
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
 
 /// Runs both passes and prints their tables; returns what was not as it should be.
 fn bench(trace: &Path) -> io::Result<Vec<String>> {
-    let trace = read(trace)?;
+    let trace = file::read(trace).map_err(io::Error::other)?;
     let folder = Folder::create()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut faults = Vec::new();
@@ -128,14 +128,6 @@ fn introduction(pass: u32, length: Duration, slice: &Trace) -> String {
         input as f64 / 1e6,
         output as f64 / 1e6,
     )
-}
-
-fn read(path: &Path) -> io::Result<Trace> {
-    let broken = |error: &dyn std::fmt::Display| io::Error::other(format!("{}: {error}", path.display()));
-    let mut text = Vec::new();
-    let mut frame = StreamingDecoder::new(File::open(path)?).map_err(|error| broken(&error))?;
-    frame.read_to_end(&mut text)?;
-    Trace::parse(&text).map_err(|fault| broken(&fault))
 }
 
 /// Where configurations and logs are; gone at the end.

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use plimsoll::clock::Clock;
 use plimsoll::sim::capacity;
 use plimsoll::sim::report::Figures;
 use plimsoll::sim::trace::Trace;
+use plimsoll::simulate::parallel;
 
 use crate::contenders::{Contender, Setting, run};
 use crate::workloads;
@@ -76,22 +76,13 @@ pub fn answer(
     traces: &[Option<Trace>],
     said: impl Fn(usize, &Job, &Outcome) + Sync,
 ) -> Outcomes {
-    let (next, outcomes) = (AtomicUsize::new(0), Mutex::new(Outcomes::new()));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..cores {
-            scope.spawn(|| {
-                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let Some(trace) = traces[job.workload].as_ref() else { continue };
-                    let outcome = job.answer(trace);
-                    let mut outcomes = outcomes.lock();
-                    said(outcomes.len() + 1, job, &outcome);
-                    outcomes.insert(*job, outcome);
-                }
-            });
-        }
+    let (cores, done) = (std::thread::available_parallelism().map_or(1, usize::from), AtomicUsize::new(0));
+    let answers = parallel::map(jobs, cores, |job| {
+        let outcome = job.answer(traces[job.workload].as_ref()?);
+        said(done.fetch_add(1, Ordering::Relaxed) + 1, job, &outcome);
+        Some((*job, outcome))
     });
-    outcomes.into_inner()
+    answers.into_iter().flatten().collect()
 }
 
 impl Job {

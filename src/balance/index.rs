@@ -15,18 +15,20 @@
 //! consecutive rows of a table, and only those that do not follow their predecessor are in the map.
 
 mod recency;
+mod spread;
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::num::NonZeroUsize;
 
 use recency::Recency;
+pub(crate) use spread::Spread;
 
 /// Remembered prefixes of all backends of one upstream.
 #[derive(Default)]
 pub struct PrefixIndex {
     /// The row of each block that does not stand behind the block before it.
-    listed: HashMap<u64, u32, BuildHasherDefault<Identity>>,
+    listed: HashMap<u64, u32, BuildHasherDefault<Spread>>,
     /// By row: the block, then `words` words with one bit per backend.
     table: Vec<u64>,
     words: usize,
@@ -231,26 +233,6 @@ fn for_each_bit(word: usize, mut bits: u64, mut f: impl FnMut(usize)) {
     while bits != 0 {
         f(word * 64 + bits.trailing_zeros() as usize);
         bits &= bits - 1;
-    }
-}
-
-/// The keys are hashes already.
-#[derive(Default)]
-pub struct Identity(u64);
-
-impl Hasher for Identity {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u64(&mut self, n: u64) {
-        self.0 = n;
     }
 }
 

@@ -126,8 +126,9 @@ pub struct State {
 }
 
 /// A backend's part of the balancer beside its account.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Backend {
+    address: SocketAddr,
     healthy: bool,
     record: Record,
     gauge: Option<Gauge>,
@@ -205,12 +206,13 @@ impl Balancer {
     /// they are tried before the request is refused. A full backend is never picked.
     pub fn pick(&mut self, request: &Request<'_>, tried: &[Slot], now: Time) -> Result<Pick, NoPick> {
         let tier = self.tier(tried, now)?;
+        let by_prefix = self.policy.uses_prefix_index();
         self.matched.clear();
-        if self.policy.uses_prefix_index() {
+        if by_prefix {
             self.index.matched(request.blocks, &mut self.matched);
         }
         self.gather(request, tried, tier, now);
-        let spread = self.policy.uses_prefix_index() && self.is_lopsided(now);
+        let spread = by_prefix && self.is_lopsided(now);
         if spread {
             self.candidates.iter_mut().for_each(|c| c.uncached_tokens = request.prompt_tokens.max(1));
         }
@@ -218,21 +220,20 @@ impl Balancer {
         // A policy of somebody's own may answer with anything.
         let chosen = self.candidates.get(choice.index).or_else(|| self.candidates.first());
         let slot = chosen.ok_or(NoPick::Exhausted)?.slot;
-        if self.policy.uses_prefix_index() {
+        if by_prefix {
             self.index.insert(slot.0 as usize, request.blocks);
         }
         self.share.count(slot, now);
+        let uncached_tokens = self.uncached_tokens(request, slot);
         let backend = &mut self.backends[slot.0 as usize];
         backend.record.choose(self.settings.ejection, now);
         if self.ledger.account(slot).active_requests == 0 {
             backend.busy_since = now;
         }
-        let uncached_tokens = self.uncached_tokens(request, slot);
         let mean = self.mean_uncached_tokens.get_or_insert(uncached_tokens as f64);
         *mean += MEAN_WEIGHT * (uncached_tokens as f64 - *mean);
-        let address = self.members.iter().find(|m| m.slot == slot).map(|m| m.address);
         Ok(Pick {
-            address: address.ok_or(NoPick::Exhausted)?,
+            address: backend.address,
             charge: self.ledger.charge(slot, request.prompt_tokens, uncached_tokens),
             reason: match tier {
                 Tier::Any | Tier::Reluctant => Reason::LastResort,
@@ -393,8 +394,9 @@ impl Balancer {
 
     fn open(&mut self, address: SocketAddr) -> Slot {
         let slot = self.ledger.open(address);
-        while self.backends.len() <= slot.0 as usize {
-            self.backends.push(Backend { healthy: true, ..Backend::default() });
+        // Slots are given out in order, and only here.
+        if slot.0 as usize == self.backends.len() {
+            self.backends.push(Backend::new(address));
         }
         slot
     }
@@ -486,6 +488,19 @@ impl Balancer {
 }
 
 impl Backend {
+    fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            healthy: true,
+            record: Record::default(),
+            gauge: None,
+            started: None,
+            since: None,
+            pulse: Arc::default(),
+            busy_since: Time::ZERO,
+        }
+    }
+
     fn is_alive(&self, now: Time) -> bool {
         self.healthy && !self.record.ejected(now)
     }

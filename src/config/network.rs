@@ -1,10 +1,11 @@
 //! A network of addresses, such as `10.0.0.0/8`: whom we believe.
 
-use std::fmt;
 use std::net::IpAddr;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, Unexpected, Visitor};
+use serde::de::Deserializer;
+
+use super::units;
 
 /// An IP address and how many of its first bits count; IPv4 as the part of IPv6 that it is mapped to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,11 @@ pub struct Network {
 }
 
 impl Network {
+    /// Whether `address` is in any of `networks`.
+    pub fn any_contains(networks: &[Self], address: IpAddr) -> bool {
+        networks.iter().any(|network| network.contains(address))
+    }
+
     /// Whether `address` is in it. An IPv4 address is the same one when it is written as an IPv6 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         let differing = bits(address) ^ self.address;
@@ -44,21 +50,7 @@ const fn bits(address: IpAddr) -> u128 {
 
 impl<'de> Deserialize<'de> for Network {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NetworkVisitor)
-    }
-}
-
-struct NetworkVisitor;
-
-impl Visitor<'_> for NetworkVisitor {
-    type Value = Network;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an IP address or a network such as `10.0.0.0/8`")
-    }
-
-    fn visit_str<E: Error>(self, text: &str) -> Result<Network, E> {
-        Network::parse(text).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+        units::text(deserializer, "an IP address or a network such as `10.0.0.0/8`", Self::parse)
     }
 }
 

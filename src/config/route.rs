@@ -4,10 +4,9 @@
 //! must hold.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, Unexpected, Visitor};
+use serde::de::{Deserializer, Error, Unexpected};
 
 use super::units;
 
@@ -74,34 +73,21 @@ impl HostPattern {
     fn covers(&self, other: &Self) -> bool {
         self == other || self.matches(&other.0)
     }
-}
 
-impl<'de> Deserialize<'de> for HostPattern {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(HostVisitor)
-    }
-}
-
-struct HostVisitor;
-
-impl Visitor<'_> for HostVisitor {
-    type Value = HostPattern;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a host such as `api.example.com` or `*.example.com`, without port")
-    }
-
-    fn visit_str<E: Error>(self, text: &str) -> Result<HostPattern, E> {
+    fn parse(text: &str) -> Option<Self> {
         let name = text.strip_prefix("*.").unwrap_or(text);
         let is_label = |label: &str| {
             !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
         let is_ipv6 = name.starts_with('[') && name.ends_with(']');
-        if is_ipv6 || name.split('.').all(is_label) {
-            Ok(HostPattern(text.to_ascii_lowercase()))
-        } else {
-            Err(E::invalid_value(Unexpected::Str(text), &self))
-        }
+        (is_ipv6 || name.split('.').all(is_label)).then(|| Self(text.to_ascii_lowercase()))
+    }
+}
+
+impl<'de> Deserialize<'de> for HostPattern {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let expected = "a host such as `api.example.com` or `*.example.com`, without port";
+        units::text(deserializer, expected, Self::parse)
     }
 }
 
@@ -123,6 +109,11 @@ impl ModelPattern {
         (!self.0.ends_with('*')).then_some(&self.0)
     }
 
+    fn parse(text: &str) -> Option<Self> {
+        let inner_star = text.find('*').is_some_and(|at| at + 1 < text.len());
+        (!text.is_empty() && !inner_star).then(|| Self(text.to_owned()))
+    }
+
     fn covers(&self, other: &Self) -> bool {
         self == other || (self.name().is_none() && self.matches(&other.0))
     }
@@ -130,25 +121,8 @@ impl ModelPattern {
 
 impl<'de> Deserialize<'de> for ModelPattern {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ModelVisitor)
-    }
-}
-
-struct ModelVisitor;
-
-impl Visitor<'_> for ModelVisitor {
-    type Value = ModelPattern;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a model such as `llama-3.1-8b`, or the beginning of one such as `llama*`")
-    }
-
-    fn visit_str<E: Error>(self, text: &str) -> Result<ModelPattern, E> {
-        let inner_star = text.find('*').is_some_and(|at| at + 1 < text.len());
-        if text.is_empty() || inner_star {
-            return Err(E::invalid_value(Unexpected::Str(text), &self));
-        }
-        Ok(ModelPattern(text.to_owned()))
+        let expected = "a model such as `llama-3.1-8b`, or the beginning of one such as `llama*`";
+        units::text(deserializer, expected, Self::parse)
     }
 }
 

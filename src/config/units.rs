@@ -25,12 +25,12 @@ use crate::policy::{Custom, PolicyConfig};
 
 /// A duration such as `30s`.
 pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    deserializer.deserialize_any(Text { expected: DURATION, parse: parse_duration })
+    text(deserializer, DURATION, parse_duration)
 }
 
 /// A size in bytes such as `64KiB`.
 pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    deserializer.deserialize_any(Text { expected: SIZE, parse: parse_size })
+    text(deserializer, SIZE, parse_size)
 }
 
 /// `host:port`, kept as it is written.
@@ -44,7 +44,7 @@ pub(super) fn url_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Str
         let is_path = text.starts_with('/') && text.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
         is_path.then(|| text.to_owned())
     };
-    deserializer.deserialize_any(Text { expected: "a path that begins with `/`", parse })
+    text(deserializer, "a path that begins with `/`", parse)
 }
 
 /// [`url_path`], for a key that may be left out.
@@ -89,7 +89,16 @@ pub(super) fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Polic
 /// A duration, or `off` for none at all, which reads as zero.
 pub(super) fn duration_or_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let parse = |text: &str| if text == "off" { Some(Duration::ZERO) } else { parse_duration(text) };
-    deserializer.deserialize_any(Text { expected: "a duration such as `30s`, or `off`", parse })
+    text(deserializer, "a duration such as `30s`, or `off`", parse)
+}
+
+/// A text that `parse` understands, and that looks as `expected` says.
+pub(super) fn text<'de, T, D: Deserializer<'de>>(
+    deserializer: D,
+    expected: &'static str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<T, D::Error> {
+    deserializer.deserialize_any(Text { expected, parse })
 }
 
 /// What a duration looks like.

@@ -98,7 +98,7 @@ impl<A> Ingress<A> {
     }
 
     fn is_trusted(&self, address: IpAddr) -> bool {
-        self.trusted.iter().any(|network| network.contains(address))
+        Network::any_contains(&self.trusted, address)
     }
 
     fn count(&self, code: &str) {

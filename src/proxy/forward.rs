@@ -13,6 +13,7 @@ use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 
+use super::hygiene;
 use crate::config::Network;
 
 const FOR: &str = "x-forwarded-for";
@@ -43,7 +44,7 @@ pub(super) struct Origin {
 impl Origin {
     pub(super) fn of(session: &ServerSession, trusted: &[Network]) -> Self {
         let peer = session.client_addr().and_then(|address| address.as_inet()).map(|a| a.ip().to_canonical());
-        let is_trusted = peer.is_some_and(|peer| is_trusted(peer, trusted));
+        let is_trusted = peer.is_some_and(|peer| Network::any_contains(trusted, peer));
         let is_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
         Self { peer, is_trusted, is_tls, version: session.req_header().version }
     }
@@ -62,7 +63,7 @@ impl Origin {
                 std::str::from_utf8(hop.trim_ascii()).ok().and_then(|hop| hop.parse::<IpAddr>().ok());
             let Some(address) = address else { return client };
             client = Some(address.to_canonical());
-            if !is_trusted(address, trusted) {
+            if !Network::any_contains(trusted, address) {
                 break;
             }
         }
@@ -107,16 +108,16 @@ impl Origin {
 
     /// Whether this header may not come from there.
     fn may_not_say(&self, name: &str) -> bool {
+        // Most names end here, before one is copied.
+        if !name.starts_with(['x', 'f']) {
+            return false;
+        }
         let is_odd = name.contains('_');
         let name = name.replace('_', "-");
         let speaks_of_clients =
             name.starts_with("x-forwarded-") || ["forwarded", "x-real-ip"].contains(&name.as_str());
         speaks_of_clients && (is_odd || !self.is_trusted)
     }
-}
-
-fn is_trusted(address: IpAddr, trusted: &[Network]) -> bool {
-    trusted.iter().any(|network| network.contains(address))
 }
 
 /// Adds `element` to the list in the header `name`, as one header.
@@ -150,8 +151,7 @@ pub(super) fn to_origin_form(request: &mut RequestHeader) -> Result<()> {
 pub(super) fn keep_end_to_end(response: &mut ResponseHeader) {
     let mut named: Vec<HeaderName> = Vec::new();
     for value in response.headers.get_all(header::CONNECTION) {
-        let names = value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii);
-        named.extend(names.filter_map(|name| HeaderName::from_bytes(name).ok()));
+        named.extend(hygiene::names(value).filter_map(|name| HeaderName::from_bytes(name).ok()));
     }
     for name in named.iter().filter(|name| !NOT_TO_BE_NAMED.contains(name)) {
         response.remove_header(name);
@@ -173,7 +173,7 @@ mod tests {
         let peer: IpAddr = peer.parse().unwrap();
         Origin {
             peer: Some(peer),
-            is_trusted: is_trusted(peer, &trusted()),
+            is_trusted: Network::any_contains(&trusted(), peer),
             is_tls: true,
             version: http::Version::HTTP_2,
         }

@@ -41,7 +41,8 @@ pub(super) fn flaw(request: &RequestHeader, limits: &Limits) -> Option<Refusal> 
     None
 }
 
-fn names(value: &header::HeaderValue) -> impl Iterator<Item = &[u8]> {
+/// The names in a value of `Connection`.
+pub(super) fn names(value: &header::HeaderValue) -> impl Iterator<Item = &[u8]> {
     value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii).filter(|name| !name.is_empty())
 }
 

@@ -57,6 +57,7 @@ impl Proxy {
             }
         };
         ctx.local = true;
+        self.close_if_stopping(session);
         reply::json(session, &ctx.id, status, body).await?;
         Ok(true)
     }
@@ -91,6 +92,13 @@ impl Proxy {
         Ok(())
     }
 
+    /// Once the process has been told to stop, an answer says that its connection closes.
+    pub(super) fn close_if_stopping(&self, session: &mut Session) {
+        if self.in_flight.is_stopping() {
+            session.set_keepalive(None);
+        }
+    }
+
     /// Tells the client why its request goes nowhere.
     pub(super) async fn refuse(
         &self,
@@ -101,6 +109,7 @@ impl Proxy {
         ctx.refused = Some(refusal.code);
         self.metrics.refusal(refusal.code).inc();
         let was_read = ctx.body.is_some() || session.is_body_done();
+        self.close_if_stopping(session);
         reply::refuse(session, &ctx.id, refusal, was_read).await?;
         if !was_read && let ServerSession::H1(_) = session.as_downstream() {
             // Closing a socket with unread bytes resets it, and the reset overtakes the answer.

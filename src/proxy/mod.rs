@@ -275,9 +275,7 @@ impl ProxyHttp for Proxy {
         }
         forward::keep_end_to_end(response);
         response.insert_header(REQUEST_ID, ctx.id.as_str())?;
-        if self.in_flight.is_stopping() {
-            session.set_keepalive(None);
-        }
+        self.close_if_stopping(session);
         let is_http10 = session.req_header().version == http::Version::HTTP_10;
         if is_http10 && response.remove_header(&header::TRANSFER_ENCODING).is_some() {
             // HTTP/1.0 knows no chunks: the end of the connection is the end of the answer.

@@ -228,9 +228,6 @@ fn json_header(status: u16, id: &str) -> pingora::Result<ResponseHeader> {
 
 async fn send(session: &mut Session, mut header: ResponseHeader, body: Bytes) -> pingora::Result<()> {
     header.insert_header("content-length", body.len())?;
-    if session.is_process_shutting_down() {
-        session.set_keepalive(None);
-    }
     let head_only = session.req_header().method == http::Method::HEAD;
     session.write_response_header(Box::new(header), head_only).await?;
     if !head_only {

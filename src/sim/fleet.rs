@@ -75,10 +75,10 @@ pub trait Dispatcher {
     fn dispatch(&mut self, arrival: &Arrival<'_>, replicas: &[Replica]) -> Option<usize>;
 
     /// The first token of a request has come.
-    fn answered(&mut self, id: usize, now: Time);
+    fn answered(&mut self, _id: usize, _now: Time) {}
 
     /// The last token of a request has come, or its replica has refused it.
-    fn finished(&mut self, id: usize, now: Time);
+    fn finished(&mut self, _id: usize, _now: Time) {}
 
     /// The metrics page of `replica` is being written.
     fn sampled(&mut self, _replica: usize, _now: Time) {}
@@ -279,14 +279,14 @@ pub(super) fn job(arrival: &Arrival<'_>) -> Job {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::proxies::{Fleet as Backends, Proxies};
     use super::*;
     use crate::balance::ledger::Account;
     use crate::policy::PolicyConfig;
 
     /// A step takes 10 ms and 1 ms per prompt token.
-    const PLAIN: Hardware = Hardware {
+    pub(in crate::sim) const PLAIN: Hardware = Hardware {
         name: "plain",
         base_ms: 10.0,
         token_ms: 1.0,

@@ -36,10 +36,6 @@ impl Dispatcher for Oracle {
         }
         best.map(|(number, _)| number)
     }
-
-    fn answered(&mut self, _id: usize, _now: Time) {}
-
-    fn finished(&mut self, _id: usize, _now: Time) {}
 }
 
 impl Oracle {
@@ -64,8 +60,8 @@ impl Oracle {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fleet::tests::PLAIN;
     use super::super::fleet::{Scenario, replay};
-    use super::super::hardware::Hardware;
     use super::super::report::Slo;
     use super::super::trace::Trace;
     use super::*;
@@ -83,15 +79,7 @@ mod tests {
             Trace::parse(text.as_bytes()).unwrap()
         };
         let run = |trace: &Trace| {
-            let hardware = Hardware {
-                base_ms: 10.0,
-                token_ms: 1.0,
-                attention_ms: 0.0,
-                sequence_ms: 0.0,
-                context_ms: 0.0,
-                kv_tokens: 10_000,
-                ..Hardware::default()
-            };
+            let hardware = PLAIN;
             let slo = Slo { first_token: Duration::MAX, per_token: Duration::MAX, share: 1.0 };
             let scenario = Scenario { trace, speedup: 1.0, hardware, speeds: &[1.0; 2], scrape: None, slo };
             replay(&scenario, &mut Oracle::default(), |_| ()).largest_share

@@ -18,7 +18,7 @@ const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 ///
 /// # Errors
 /// `path: why`, or `path:line: why` if it is a line that is not understood.
-pub(super) fn read(path: &Path) -> Result<Trace, String> {
+pub fn read(path: &Path) -> Result<Trace, String> {
     let shown = path.display();
     let text = text(path).map_err(|error| format!("{shown}: {error}"))?;
     Trace::parse(&text).map_err(|fault| format!("{shown}:{fault}"))

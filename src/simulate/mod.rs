@@ -6,9 +6,9 @@
 //! speed-up at which the SLO is still kept. Everything is read and checked before anything runs ([`setup`]); the same
 //! command prints the same bytes every time, on any number of cores.
 
-mod file;
+pub mod file;
 mod options;
-mod parallel;
+pub mod parallel;
 mod plot;
 mod progress;
 mod setup;
@@ -81,14 +81,15 @@ fn simulate_on(options: &SimulateOptions, policies: &Policies, threads: usize) -
         // Before an hour of work, not after it.
         File::options().append(true).create(true).open(path).map_err(|error| unwritable(path, &error))?;
     }
-    let progress = Progress::of(setup.tasks().len());
-    let simulation = Simulation { setup, threads, progress };
+    let tasks = setup.tasks();
+    let progress = Progress::of(tasks.len());
+    let simulation = Simulation { setup, tasks, threads, draws: options.plot.is_some(), progress };
     let (text, picture) = if options.capacity {
         simulation.capacities(options.json)
     } else {
         simulation.runs(options.speedup, options.json)
     };
-    if let Some(path) = &options.plot {
+    if let (Some(path), Some(picture)) = (&options.plot, picture) {
         std::fs::write(path, picture).map_err(|error| unwritable(path, &error))?;
     }
     Ok(text)
@@ -96,20 +97,23 @@ fn simulate_on(options: &SimulateOptions, policies: &Policies, threads: usize) -
 
 struct Simulation {
     setup: Setup,
+    tasks: Vec<Task>,
     threads: usize,
+    /// Whether a picture is wanted.
+    draws: bool,
     progress: Progress,
 }
 
 impl Simulation {
     /// What is printed and what is drawn of a run of each contestant under each seed.
-    fn runs(&self, speedup: f64, json: bool) -> (String, String) {
+    fn runs(&self, speedup: f64, json: bool) -> (String, Option<String>) {
         let runs = self.each(|task| {
             let trace = self.setup.traffic.trace(task.seed);
             let figures = self.replay(task, &trace, speedup);
             Run { policy: self.contestant(task).name().to_owned(), seed: task.seed, figures }
         });
         let (title, promise) = (format!("{}; speed-up {speedup}", self.setup.line()), self.setup.promise());
-        let picture = plot::runs(&runs, &self.setup.slo, &title, &promise);
+        let picture = self.draws.then(|| plot::runs(&runs, &self.setup.slo, &title, &promise));
         if json {
             let mut json = self.setup.json();
             json["speedup"] = speedup.into();
@@ -120,7 +124,7 @@ impl Simulation {
     }
 
     /// What is printed and what is drawn of the search for the capacity of each.
-    fn capacities(&self, json: bool) -> (String, String) {
+    fn capacities(&self, json: bool) -> (String, Option<String>) {
         let share = self.setup.slo.share;
         let limits = self.each(|task| {
             let trace = self.setup.traffic.trace(task.seed);
@@ -135,7 +139,7 @@ impl Simulation {
             Limit { policy: self.contestant(task).name().to_owned(), seed: task.seed, speedup, rate, tried }
         });
         let (title, promise) = (self.setup.line(), self.setup.promise());
-        let picture = plot::limits(&limits, share, &title, &promise);
+        let picture = self.draws.then(|| plot::limits(&limits, share, &title, &promise));
         if json {
             let mut json = self.setup.json();
             json["capacities"] = table::limits_json(&limits);
@@ -147,7 +151,7 @@ impl Simulation {
 
     /// `work` of every task, in the order of the output.
     fn each<R: Send>(&self, work: impl Fn(&Task) -> R + Sync) -> Vec<R> {
-        let done = parallel::map(&self.setup.tasks(), self.threads, |task| {
+        let done = parallel::map(&self.tasks, self.threads, |task| {
             let answer = work(task);
             self.progress.end(task.number);
             ((task.contestant, task.seed), answer)

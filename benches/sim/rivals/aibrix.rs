@@ -72,8 +72,6 @@ impl Dispatcher for Aibrix {
         Some(to)
     }
 
-    fn answered(&mut self, _id: usize, _now: Time) {}
-
     fn finished(&mut self, id: usize, _now: Time) {
         self.flights.end(id);
     }

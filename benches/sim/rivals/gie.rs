@@ -77,10 +77,6 @@ impl Dispatcher for Gie {
         Some(to)
     }
 
-    fn answered(&mut self, _id: usize, _now: Time) {}
-
-    fn finished(&mut self, _id: usize, _now: Time) {}
-
     fn scraped(&mut self, replica: usize, stats: &Stats, _now: Time) {
         self.pages[replica] = *stats;
     }

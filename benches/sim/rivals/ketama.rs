@@ -38,10 +38,6 @@ impl Dispatcher for Ketama {
         let home = self.ring.node(&key.to_be_bytes())?;
         self.addresses.iter().position(|address| *address == home)
     }
-
-    fn answered(&mut self, _id: usize, _now: Time) {}
-
-    fn finished(&mut self, _id: usize, _now: Time) {}
 }
 
 #[cfg(test)]

@@ -82,8 +82,6 @@ impl Dispatcher for Smg {
         Some(to)
     }
 
-    fn answered(&mut self, _id: usize, _now: Time) {}
-
     fn finished(&mut self, id: usize, _now: Time) {
         self.flights.end(id);
     }

@@ -15,7 +15,9 @@
 //! that block: one lookup per run, instead of one per block, finds all that is there.
 
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
+
+use super::spread::Spread;
 
 /// The blocks of one backend in the order of their use.
 #[derive(Default)]
@@ -77,26 +79,6 @@ impl Recency {
     /// How many blocks there are.
     pub(super) const fn held(&self) -> usize {
         self.held
-    }
-}
-
-/// The keys are small numbers: one multiplication spreads them over all bits.
-#[derive(Default)]
-struct Spread(u64);
-
-impl Hasher for Spread {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u32(byte.into()));
-    }
-
-    fn write_u32(&mut self, n: u32) {
-        // 2^64 divided by the golden ratio.
-        let product = (self.0 ^ u64::from(n)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        self.0 = product ^ product >> 32;
     }
 }
 
