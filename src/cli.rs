@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use ring::rand::{SecureRandom as _, SystemRandom};
 
 use crate::policy::Policies;
 use crate::{config, demo, server, simulate};
@@ -44,6 +45,12 @@ enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Make an API key for a client, and what to write of it under `keys`.
+    Key {
+        /// The client's name in the configuration, in logs and metrics.
+        #[arg(value_name = "NAME", default_value = "client")]
+        name: String,
+    },
     /// Show what the balancer is for: four simulated GPU engines under mixed traffic, in a minute.
     Demo(demo::DemoOptions),
     /// Run one simulated engine that speaks vLLM's dialect.
@@ -72,6 +79,15 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Ok(config) => say(&format!("{}: ok, {}", file.display(), summary(&config))),
             Err(report) => invalid(&report),
         },
+        Command::Key { name } => match new_key() {
+            Ok(key) => {
+                let hash = config::KeyHash::of(key.as_bytes());
+                say(&format!(
+                    "# For the client. It is shown once and kept nowhere: {key}\nkeys:\n  {name}: {{ sha256: {hash} }}"
+                ))
+            }
+            Err(e) => exit(Err(e)),
+        },
         Command::Demo(options) => exit(demo::run_demo(&options)),
         Command::Engine(options) => exit(demo::engine::run_engine(options)),
         Command::Simulate(options) => match simulate::simulate(&options, policies) {
@@ -80,6 +96,13 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Err(why) => exit(Err(why)),
         },
     }
+}
+
+/// A key of 256 random bits.
+fn new_key() -> Result<String, &'static str> {
+    let mut bits = [0; 32];
+    SystemRandom::new().fill(&mut bits).map_err(|_| "the system gives no random numbers")?;
+    Ok(bits.iter().fold("sk-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
 }
 
 fn summary(config: &config::Config) -> String {

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::file::{Config, Listener};
+use super::key::KeyHash;
 use super::report::{Flaw, nearest, suggestion};
 use super::strike::Reading;
 use super::tree::Path;
@@ -32,6 +33,7 @@ pub(super) fn complete(
     }
     check.listeners(config);
     check.limits(config);
+    check.keys(config);
     check.routes(config);
     check.upstreams(config);
     check.models(config);
@@ -161,6 +163,30 @@ impl Check<'_> {
         }
     }
 
+    fn keys(&mut self, config: &mut Config) {
+        let path = Path::default().key("keys");
+        let mut seen: BTreeMap<KeyHash, String> = BTreeMap::new();
+        for (name, key) in &mut config.keys {
+            let path = path.key(name);
+            self.name(name, &path, "a key");
+            if let Err(message) = key.read(self.folder) {
+                self.value(path, message, "");
+            } else if let Some(first) = seen.get(&key.hash) {
+                self.value(path.clone(), format!("{path} is the same key as {first}"), "");
+            } else {
+                seen.insert(key.hash, path.to_string());
+            }
+        }
+    }
+
+    /// Complains if `name`, the key at `path`, cannot be the name of `what`.
+    fn name(&mut self, name: &str, path: &Path, what: &str) {
+        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+            let message = format!("`{name}` is no name for {what}");
+            self.key(path.clone(), message, "letters, digits, `-`, `_` and `.`");
+        }
+    }
+
     fn routes(&mut self, config: &Config) {
         let path = Path::default().key("routes");
         for (index, route) in config.routes.iter().enumerate() {
@@ -170,6 +196,15 @@ impl Check<'_> {
                 let known: Vec<&str> = config.upstreams.keys().map(String::as_str).collect();
                 let message = format!("{at} points to upstream `{}`, which does not exist", route.upstream);
                 self.value(at.key("upstream"), message, suggestion(&route.upstream, &known));
+            }
+            for (number, key) in route.key.iter().enumerate() {
+                let holder = Path::default().key("keys").key(key);
+                if !config.keys.contains_key(key) && self.reading.is_intact(&holder) {
+                    let known: Vec<&str> = config.keys.keys().map(String::as_str).collect();
+                    let message = format!("{at} is for key `{key}`, which does not exist");
+                    let place = self.reading.item(&at.key("key"), number);
+                    self.value(place, message, suggestion(key, &known));
+                }
             }
             let earlier = config.routes[..index].iter().enumerate().find(|(before, other)| {
                 let whole =
@@ -193,10 +228,7 @@ impl Check<'_> {
         }
         for (name, upstream) in &mut config.upstreams {
             let path = path.key(name);
-            if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
-                let message = format!("`{name}` is no name for an upstream");
-                self.key(path.clone(), message, "letters, digits, `-`, `_` and `.`");
-            }
+            self.name(name, &path, "an upstream");
             self.backends(upstream, &path);
             self.own_policy(&mut upstream.policy, path.key("policy"));
             self.policy(upstream, &path.key("policy"));

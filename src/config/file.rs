@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::key::Key;
 use super::network::Network;
 use super::route::Route;
 use super::units;
@@ -33,6 +34,10 @@ pub struct Config {
     /// is, by forwarding headers and, on listeners with `proxy_protocol`, by that; nobody else is believed.
     /// Default: none.
     pub trusted_proxies: Vec<Network>,
+    /// Who may ask, by name; the names stand in logs, metrics and routes. With keys, a request shows one of them
+    /// as `authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`, or is refused with 401; engines never
+    /// see it. Absent: everybody may ask, and `authorization` is passed on.
+    pub keys: BTreeMap<String, Key>,
     /// Which requests go to which upstream, first match first. Absent: every upstream is reachable by its
     /// models.
     pub routes: Vec<Route>,

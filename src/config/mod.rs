@@ -14,6 +14,7 @@ mod check;
 mod decode;
 pub mod file;
 mod hardware;
+pub mod key;
 pub mod network;
 mod place;
 pub mod report;
@@ -29,6 +30,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 pub use file::{Admin, Config, Limits, Listener, ListenerTls, Observe, Server};
+pub use key::{Key, KeyHash};
 pub use network::Network;
 pub use report::{Problem, Report};
 pub use route::{HostPattern, ModelPattern, Route};

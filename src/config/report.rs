@@ -13,7 +13,7 @@
 use std::fmt::{self, Write as _};
 
 use super::place::{Place, lines};
-use super::tree::{Path, SECRET_KEY, Step};
+use super::tree::{KEYS, Path, SECRET_KEY, Step};
 
 /// A problem that is not placed yet: what the checks find.
 #[derive(Clone, Debug)]
@@ -76,7 +76,9 @@ impl Problem {
             write!(f, " ({})", printable(&self.path))?;
         }
         let Some(source) = lines(text).nth(line - 1) else { return Ok(()) };
-        let may_hold_secret = self.path.contains(SECRET_KEY) || source.contains(SECRET_KEY);
+        let may_hold_secret = self.path.contains(SECRET_KEY)
+            || self.path.split('.').next() == Some(KEYS)
+            || source.contains(SECRET_KEY);
         if may_hold_secret || source.chars().count() > WIDEST_LINE {
             return if self.hint.is_empty() { Ok(()) } else { write!(f, "\n  {}", printable(&self.hint)) };
         }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error, Unexpected};
 
 use super::units;
+use super::upstream::Retry;
 
 /// The conditions on a request, and the upstream that serves it then.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -28,8 +29,14 @@ pub struct Route {
     /// Default: none.
     #[serde(default, deserialize_with = "headers")]
     pub headers: BTreeMap<String, String>,
+    /// The names of the keys that may use this route, one or a list. Absent (and then empty here): any.
+    #[serde(default, deserialize_with = "units::one_or_many")]
+    pub key: Vec<String>,
     /// The name of the upstream. Required.
     pub upstream: String,
+    /// When its requests go to another backend. Absent: as the upstream says.
+    #[serde(default)]
+    pub retry: Option<Retry>,
 }
 
 impl Route {
@@ -49,7 +56,9 @@ impl Route {
             || (!other.model.is_empty()
                 && other.model.iter().all(|theirs| self.model.iter().any(|mine| mine.covers(theirs))));
         let headers = self.headers.iter().all(|(name, value)| other.headers.get(name) == Some(value));
-        host && path && model && headers
+        let key = self.key.is_empty()
+            || (!other.key.is_empty() && other.key.iter().all(|theirs| self.key.contains(theirs)));
+        host && path && model && headers && key
     }
 }
 
@@ -185,6 +194,10 @@ mod tests {
             ("{upstream: a, host: a.x.org}", "{upstream: b, host: '*.x.org'}", false),
             ("{upstream: a, headers: {X-Tier: gold}}", "{upstream: b, headers: {x-tier: gold, y: z}}", true),
             ("{upstream: a, headers: {x-tier: gold}}", "{upstream: b, headers: {x-tier: lead}}", false),
+            ("{upstream: a}", "{upstream: b, key: x}", true),
+            ("{upstream: a, key: [x, y]}", "{upstream: b, key: x}", true),
+            ("{upstream: a, key: x}", "{upstream: b, key: [x, y]}", false),
+            ("{upstream: a, key: x}", "{upstream: b}", false),
         ];
         for (first, second, covers) in pairs {
             assert_eq!(route(first).covers(&route(second)), covers, "{first} {second}");

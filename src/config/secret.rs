@@ -16,6 +16,9 @@ pub struct Secret {
     value: String,
 }
 
+/// A secret can only be in one place.
+pub(super) struct BothGiven;
+
 /// Where a secret is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
@@ -27,6 +30,17 @@ impl Secret {
     /// The secret itself: visible ASCII, so it can stand in a header.
     pub fn expose(&self) -> &str {
         &self.value
+    }
+
+    /// A secret, not yet read, that is kept in one of the two places; `None` if neither is given, an error if both are.
+    pub(super) fn from_source(env: Option<String>, file: Option<PathBuf>) -> Option<Result<Self, BothGiven>> {
+        let source = match (env, file) {
+            (Some(name), None) => Source::Env(name),
+            (None, Some(path)) => Source::File(path),
+            (None, None) => return None,
+            (Some(_), Some(_)) => return Some(Err(BothGiven)),
+        };
+        Some(Ok(Self { source, value: String::new() }))
     }
 
     /// Reads the secret from its source; a relative path is below `folder`. The error is a lowercase fragment
@@ -78,12 +92,11 @@ impl<'de> Deserialize<'de> for Secret {
             env: Option<String>,
             file: Option<PathBuf>,
         }
-        let source = match Written::deserialize(deserializer)? {
-            Written { env: Some(name), file: None } => Source::Env(name),
-            Written { env: None, file: Some(path) } => Source::File(path),
-            _ => return Err(D::Error::custom("expected either `env` or `file`")),
-        };
-        Ok(Self { source, value: String::new() })
+        let Written { env, file } = Written::deserialize(deserializer)?;
+        match Self::from_source(env, file) {
+            Some(Ok(secret)) => Ok(secret),
+            _ => Err(D::Error::custom("expected either `env` or `file`")),
+        }
     }
 }
 

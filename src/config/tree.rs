@@ -57,7 +57,13 @@ impl Path {
 
     /// Whether a secret may stand here, if only by mistake.
     pub(super) fn is_secret(&self) -> bool {
-        self.0.iter().any(|step| matches!(step, Step::Key(key) if key == SECRET_KEY))
+        let is = |step: &Step, name: &str| matches!(step, Step::Key(key) if key == name);
+        let of_a_key = self.0.first().is_some_and(|step| is(step, KEYS))
+            && match &self.0[1..] {
+                [_name, .., last] => ["env", "file", "sha256"].iter().any(|place| is(last, place)),
+                _ => true,
+            };
+        of_a_key || self.0.iter().any(|step| is(step, SECRET_KEY))
     }
 
     fn step(&self, step: Step) -> Self {
@@ -69,6 +75,9 @@ impl Path {
 
 /// The key under which a secret is named; what stands there, or in such a line, is not shown.
 pub(super) const SECRET_KEY: &str = "api_key";
+
+/// The section of the clients' keys.
+pub(super) const KEYS: &str = "keys";
 
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -14,7 +14,7 @@ use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
 use super::secret::Secret;
 use super::units;
-use crate::balance::retry::Cause;
+use crate::balance::retry::{Cause, Rule};
 use crate::engine::Engine;
 use crate::policy::PolicyConfig;
 
@@ -278,6 +278,13 @@ pub struct Retry {
     /// worked on, or its work is lost. Not status_500 (a poisonous prompt would visit every backend) nor
     /// timeout (a busy engine would get twice the work).
     pub on: BTreeSet<Cause>,
+}
+
+impl Retry {
+    /// The same for the core, which knows no configuration.
+    pub fn rule(&self) -> Rule {
+        Rule { tries: self.tries, within: self.within, on: self.on.clone() }
+    }
 }
 
 impl Default for Retry {

@@ -19,6 +19,8 @@ pub struct Entry<'a> {
     pub id: &'a str,
     /// The client's address.
     pub client: Option<String>,
+    /// The name of the key that it showed.
+    pub key: Option<&'a str>,
     /// Method and path, without the query.
     pub method: &'a str,
     /// See `method`.
@@ -78,6 +80,9 @@ impl fmt::Display for Entry<'_> {
         write!(f, " status={} outcome={}", self.status, self.outcome.name())?;
         if let Some(client) = &self.client {
             write!(f, " client={client}")?;
+        }
+        if let Some(key) = self.key {
+            write!(f, " key={key}")?;
         }
         if let Some(upstream) = self.upstream {
             write!(f, " upstream={upstream}")?;
@@ -144,6 +149,7 @@ mod tests {
         Entry {
             id: "r-1",
             client: Some("10.1.1.1:5000".to_owned()),
+            key: Some("team-a"),
             method: "POST",
             path: "/v1/chat/completions",
             status: 200,
@@ -171,7 +177,7 @@ mod tests {
         assert_eq!(
             entry().to_string(),
             "request id=r-1 method=POST path=/v1/chat/completions status=200 outcome=ok client=10.1.1.1:5000 \
-             upstream=llama backend=10.0.0.1:8000 attempts=1 reason=cache model=llama-3.1-8b stream=true \
+             key=team-a upstream=llama backend=10.0.0.1:8000 attempts=1 reason=cache model=llama-3.1-8b stream=true \
              prompt_est=800 matched_est=640 ttft_ms=12.3 duration_ms=900.0 bytes_in=3200 bytes_out=10000 \
              prompt_tokens=775 completion_tokens=64 cached_tokens=640"
         );

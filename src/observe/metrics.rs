@@ -34,6 +34,8 @@ pub struct Metrics {
     state: StateGauges,
     queued: IntGaugeVec,
     refusals: IntCounterVec,
+    key_requests: IntCounterVec,
+    key_tokens: IntCounterVec,
     /// Bytes of request bodies held in memory.
     pub buffered_body_bytes: IntGauge,
 }
@@ -110,6 +112,23 @@ impl UpstreamMetrics {
     }
 }
 
+/// The counters of one client's key.
+pub struct KeyMetrics {
+    /// Requests by outcome, in the order of [`Outcome::ALL`].
+    requests: [IntCounter; Outcome::ALL.len()],
+    /// Prompt tokens, as engines report them, or our estimate where they do not.
+    pub prompt_tokens: IntCounter,
+    /// Generated tokens, likewise.
+    pub completion_tokens: IntCounter,
+}
+
+impl KeyMetrics {
+    /// Counts a request that ended so.
+    pub fn count(&self, outcome: Outcome) {
+        self.requests[outcome as usize].inc();
+    }
+}
+
 const BACKEND: &[&str] = &["upstream", "backend"];
 
 /// Seconds to the first token: from a cached prefix on an idle GPU to a long queue.
@@ -163,6 +182,18 @@ impl Metrics {
             state: StateGauges::new(&r)?,
             queued: gauges(&r, "queued_requests", queued, &["upstream"])?,
             refusals: counters(&r, "refusals_total", "Answers and endings of our own, by code.", &["code"])?,
+            key_requests: counters(
+                &r,
+                "key_requests_total",
+                "Requests by key and how they ended.",
+                &["key", "outcome"],
+            )?,
+            key_tokens: counters(
+                &r,
+                "key_tokens_total",
+                "Tokens by key and kind, as it is charged for them.",
+                &["key", "kind"],
+            )?,
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         })
@@ -201,6 +232,15 @@ impl Metrics {
             ejections: self.ejections.clone(),
             queued: self.queued.with_label_values(&[upstream]),
             name: upstream.to_owned(),
+        }
+    }
+
+    /// The counters of a client's key, all present at zero from now on.
+    pub fn key(&self, name: &str) -> KeyMetrics {
+        KeyMetrics {
+            requests: Outcome::ALL.map(|o| self.key_requests.with_label_values(&[name, o.name()])),
+            prompt_tokens: self.key_tokens.with_label_values(&[name, "prompt"]),
+            completion_tokens: self.key_tokens.with_label_values(&[name, "completion"]),
         }
     }
 

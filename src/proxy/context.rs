@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use pingora::http::ResponseHeader;
 use tokio::sync::Notify;
 
+use super::access::Key;
 use super::body::Body;
 use super::tap::Tap;
-use crate::balance::retry::Failure;
+use crate::balance::retry::{self, Failure};
 use crate::clock::Time;
 use crate::policy::Slot;
 use crate::prompt::Digest;
@@ -84,6 +85,8 @@ pub struct Context {
     pub(super) id: String,
     /// Who asked, as far as we believe those in between.
     pub(super) client: Option<IpAddr>,
+    /// The key that was shown, where keys are asked for.
+    pub(super) key: Option<Arc<Key>>,
     pub(super) body: Option<Body>,
     pub(super) body_bytes: usize,
     pub(super) digest: Option<Digest>,
@@ -91,6 +94,8 @@ pub struct Context {
     pub(super) session: Option<u64>,
     pub(super) prompt_tokens: u64,
     pub(super) upstream: Option<Arc<Upstream>>,
+    /// When another backend is tried: the route's own rule, or the upstream's.
+    pub(super) retry_rule: Option<Arc<retry::Rule>>,
     /// Charged when the request was admitted, for the first attempt.
     pub(super) admitted: Option<Charge>,
     pub(super) attempt: Option<Attempt>,
@@ -132,6 +137,8 @@ pub(super) struct Attempt {
     /// A stream's header and first bytes, until its first event has been looked at.
     pub(super) held: Option<(Box<ResponseHeader>, Vec<u8>)>,
     pub(super) last_read: Option<Time>,
+    /// Reads of the answer so far.
+    pub(super) reads: u64,
 }
 
 impl Attempt {
@@ -146,6 +153,7 @@ impl Attempt {
             tap: Tap::new(false),
             held: None,
             last_read: None,
+            reads: 0,
         }
     }
 }
@@ -158,12 +166,14 @@ impl Context {
             admitted_at: arrived,
             id: String::new(),
             client: None,
+            key: None,
             body: None,
             body_bytes: 0,
             digest: None,
             session: None,
             prompt_tokens: 0,
             upstream: None,
+            retry_rule: None,
             admitted: None,
             attempt: None,
             attempts: 0,

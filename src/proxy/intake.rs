@@ -19,6 +19,9 @@ use crate::upstream;
 /// The header by which a client keeps a conversation together, beside `prompt_cache_key` in the body.
 const SESSION: &str = "x-session-id";
 
+/// Whether there is anybody to answer, asked by balancers.
+const HEALTH: &str = "/health";
+
 /// What a client that was refused in the middle of its body may still send, and for how long.
 const LINGER_BYTES: usize = 1 << 20;
 const LINGER: Duration = Duration::from_secs(2);
@@ -31,26 +34,45 @@ impl Proxy {
         Ok(true)
     }
 
+    /// Refuses who shows no key, where keys are asked for; false if the request may go on. `/health` is for
+    /// balancers in front of us, which have none.
+    pub(super) async fn refuse_stranger(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let Some(keys) = self.keys.as_ref().filter(|_| session.req_header().uri.path() != HEALTH) else {
+            return Ok(false);
+        };
+        match keys.find(&session.req_header().headers) {
+            Ok(key) => {
+                ctx.key = Some(key);
+                Ok(false)
+            }
+            Err(refusal) => {
+                self.refuse(session, ctx, &refusal).await?;
+                Ok(true)
+            }
+        }
+    }
+
     /// Answers what needs no engine; false if the request is not such a one.
     pub(super) async fn answer_locally(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let request = session.req_header();
         if request.method != http::Method::GET && request.method != http::Method::HEAD {
             return Ok(false);
         }
+        let key = ctx.key.as_ref().map(|key| key.name.as_str());
         let (status, body) = match request.uri.path() {
-            "/health" if self.upstreams.iter().any(|upstream| upstream.is_available()) => {
+            HEALTH if self.upstreams.iter().any(|upstream| upstream.is_available()) => {
                 (200, r#"{"status":"ok"}"#.to_owned())
             }
-            "/health" => (503, r#"{"status":"no backend"}"#.to_owned()),
+            HEALTH => (503, r#"{"status":"no backend"}"#.to_owned()),
             "/v1/models" => {
-                let models: Vec<_> = self.routes.models(request).into_values().collect();
+                let models: Vec<_> = self.routes.models(request, key).into_values().collect();
                 (200, format!(r#"{{"object":"list","data":[{}]}}"#, models.join(",")))
             }
             path => {
                 let Some(model) = path.strip_prefix("/v1/models/") else { return Ok(false) };
                 // Ids such as `meta-llama/Llama-3.1-8B` come with their slash or with `%2F`.
                 let model = model.replace("%2F", "/").replace("%2f", "/");
-                match self.routes.models(request).remove(&model) {
+                match self.routes.models(request, key).remove(&model) {
                     Some(json) => (200, json),
                     None => (404, Refusal::model_not_found(&model).json()),
                 }
@@ -64,18 +86,27 @@ impl Proxy {
 
     /// Reads, digests, routes, prices and admits the request, or says why not.
     pub(super) async fn take_in(&self, session: &mut Session, ctx: &mut Context) -> Result<(), Unread> {
+        let key = ctx.key.clone();
+        if let Some(key) = &key {
+            key.admit().map_err(Unread::Refused)?;
+        }
         ctx.body = body::read(session.as_downstream_mut(), &self.limits, self.clock, &self.room).await?;
         let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
         ctx.body_bytes = bytes.len();
         let request = session.req_header();
         let digest = prompt::digest(Endpoint::from_path(request.uri.path()), bytes);
-        let upstream =
-            self.routes.resolve(request, digest.model.as_deref()).map_err(Unread::Refused)?.clone();
+        let name = key.as_ref().map(|key| key.name.as_str());
+        let way = self.routes.resolve(request, digest.model.as_deref(), name).map_err(Unread::Refused)?;
+        let upstream = way.upstream.clone();
+        ctx.retry_rule = Some(way.retry.clone());
         ctx.session = request.headers.get(SESSION).map(|value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()));
         ctx.upstream = Some(upstream.clone());
         let digest = ctx.digest.insert(digest);
         let request = upstream.price(digest, ctx.session);
         ctx.prompt_tokens = request.prompt_tokens;
+        if let Some(key) = &key {
+            key.spend(ctx.prompt_tokens.cast_signed());
+        }
         let admitted = tokio::select! {
             biased;
             admitted = upstream.admit(&request) => admitted,

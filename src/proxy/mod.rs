@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! early_request_filter      limits of the connection, the request's id
-//! request_filter            body read and digested; routed, priced, admitted   intake.rs body.rs route.rs
+//! request_filter            key; body read and digested; routed, admitted      access.rs intake.rs body.rs route.rs
 //! upstream_peer             ranked and charged: a backend                      peer.rs             each try
 //! upstream_request_filter   headers for the engine                                                 each try
 //! request_body_filter       the stored body                                                        each try
@@ -16,6 +16,7 @@
 //!
 //! Nothing is decided here that `balance` could decide: the hooks carry facts to it and do what it says.
 
+mod access;
 mod body;
 mod context;
 mod forward;
@@ -49,6 +50,7 @@ use crate::config;
 use crate::observe::metrics::Metrics;
 use crate::policy::Reason;
 use crate::upstream::Upstream;
+use access::Keys;
 use body::{Room, Unread};
 use context::Attempt;
 pub use context::{Context, InFlight};
@@ -71,6 +73,7 @@ const BACKEND: &str = "x-plimsoll-backend";
 #[derive(Clone)]
 pub struct Proxy {
     routes: Arc<Routes>,
+    keys: Option<Arc<Keys>>,
     upstreams: Vec<Arc<Upstream>>,
     limits: config::Limits,
     trusted: Vec<config::Network>,
@@ -96,6 +99,7 @@ impl Proxy {
         }
         Self {
             routes: Arc::new(Routes::new(&config.routes, &upstreams)),
+            keys: Keys::new(&config.keys, &metrics).map(Arc::new),
             upstreams,
             limits: config.limits.clone(),
             trusted: config.trusted_proxies.clone(),
@@ -138,7 +142,10 @@ impl ProxyHttp for Proxy {
     }
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        if self.refuse_flawed(session, ctx).await? || self.answer_locally(session, ctx).await? {
+        if self.refuse_flawed(session, ctx).await?
+            || self.refuse_stranger(session, ctx).await?
+            || self.answer_locally(session, ctx).await?
+        {
             return Ok(true);
         }
         let refusal = match self.take_in(session, ctx).await {
@@ -210,6 +217,9 @@ impl ProxyHttp for Proxy {
         }
         request.insert_header(REQUEST_ID, ctx.id.as_str())?;
         Origin::of(session, &self.trusted).announce(request)?;
+        if ctx.key.is_some() {
+            access::conceal(request);
+        }
         if let Some(authorization) = &upstream.authorization {
             request.insert_header(header::AUTHORIZATION, authorization.as_str())?;
         }
@@ -275,6 +285,9 @@ impl ProxyHttp for Proxy {
         }
         forward::keep_end_to_end(response);
         response.insert_header(REQUEST_ID, ctx.id.as_str())?;
+        if let Some(key) = &ctx.key {
+            key.announce(response)?;
+        }
         self.close_if_stopping(session);
         let is_http10 = session.req_header().version == http::Version::HTTP_10;
         if is_http10 && response.remove_header(&header::TRANSFER_ENCODING).is_some() {
@@ -318,6 +331,7 @@ impl ProxyHttp for Proxy {
             let metrics = &attempt.live.metrics;
             attempt.live.heard(now);
             metrics.stream_reads.inc();
+            attempt.reads += 1;
             if attempt.tap.is_stream()
                 && let Some(last) = attempt.last_read.replace(now)
             {

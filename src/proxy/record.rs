@@ -15,6 +15,7 @@ impl Proxy {
         let outcome = outcome(e, ctx);
         let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
         self.count(ctx, outcome, usage);
+        settle(ctx, outcome, usage);
         if self.observe.access_log {
             self.log(session, ctx, outcome, usage);
         }
@@ -44,6 +45,7 @@ impl Proxy {
         Entry {
             id: &ctx.id,
             client: ctx.client.map(|client| client.to_string()),
+            key: ctx.key.as_ref().map(|key| key.name.as_str()),
             method: request.method.as_str(),
             path: request.uri.path(),
             status: session.response_written().map_or(0, |response| response.status.as_u16()),
@@ -66,6 +68,25 @@ impl Proxy {
         }
         .write();
     }
+}
+
+/// Puts in place of the estimate that the key was charged what the engine counted. Of an answer without
+/// `usage`, or that its client did not wait for, the prompt is as it was estimated and each read of a stream is
+/// a token. A request that came to nothing costs nothing.
+fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
+    use Outcome::{ClientGone, Cut, Ok};
+    let Some(key) = &ctx.key else { return };
+    key.metrics.count(outcome);
+    let reads = ctx.attempt.as_ref().filter(|attempt| attempt.tap.is_stream()).map_or(0, |a| a.reads);
+    let (prompt, completion) = match usage {
+        Some(usage) => (usage.prompt_tokens, usage.completion_tokens),
+        None if ctx.attempts > 0 && matches!(outcome, Ok | Cut | ClientGone) => (ctx.prompt_tokens, reads),
+        None => (0, 0),
+    };
+    key.metrics.prompt_tokens.inc_by(prompt);
+    key.metrics.completion_tokens.inc_by(completion);
+    let spent = i64::try_from(prompt.saturating_add(completion)).unwrap_or(i64::MAX);
+    key.spend(spent.saturating_sub_unsigned(ctx.prompt_tokens));
 }
 
 fn outcome(e: Option<&Error>, ctx: &Context) -> Outcome {

@@ -4,6 +4,8 @@
 //! or nothing breaks them. The codes are part of the interface: they are listed in the README and do not
 //! change.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use pingora::http::ResponseHeader;
 use pingora_proxy::Session;
@@ -25,7 +27,7 @@ pub(crate) struct Refusal {
 
 /// Every reason for which a request or a connection is refused: the codes of our answers, and then what ends
 /// a connection without one.
-pub(crate) const CODES: [&str; 25] = [
+pub(crate) const CODES: [&str; 28] = [
     "bad_request",
     "ambiguous_framing",
     "bad_host",
@@ -37,6 +39,9 @@ pub(crate) const CODES: [&str; 25] = [
     "body_too_large",
     "length_required",
     "too_many_connections",
+    "missing_api_key",
+    "invalid_api_key",
+    "rate_limited",
     "route_not_found",
     "model_not_found",
     "buffers_full",
@@ -109,6 +114,19 @@ impl Refusal {
         Self::new(429, "too_many_connections", "this client has too many connections already").retry_after(1)
     }
 
+    pub(super) fn missing_api_key() -> Self {
+        Self::new(401, "missing_api_key", "no API key was given; send `authorization: Bearer KEY`")
+    }
+
+    pub(super) fn invalid_api_key() -> Self {
+        Self::new(401, "invalid_api_key", "the API key is not known here")
+    }
+
+    pub(super) fn rate_limited(what: &str, wait: Duration) -> Self {
+        let message = format!("this API key has used up its {what} per minute");
+        Self::new(429, "rate_limited", message).retry_after((wait.as_secs_f64().ceil() as u64).max(1))
+    }
+
     pub(super) fn length_required() -> Self {
         Self::new(411, "length_required", "a body of this size needs a content-length")
     }
@@ -176,7 +194,9 @@ impl Refusal {
     /// The body of the answer.
     pub(super) fn json(&self) -> String {
         let kind = match self.status {
+            401 => "authentication_error",
             404 => "not_found_error",
+            429 => "rate_limit_error",
             400..=499 => "invalid_request_error",
             _ => "server_error",
         };
@@ -199,6 +219,9 @@ pub(super) async fn refuse(
         session.set_keepalive(None);
     }
     let mut header = json_header(refusal.status, id)?;
+    if refusal.status == 401 {
+        header.insert_header("www-authenticate", "Bearer")?;
+    }
     if let Some(seconds) = refusal.retry_after {
         header.insert_header("retry-after", seconds)?;
     }
@@ -219,7 +242,7 @@ pub(super) fn stream_cut(mid_event: bool) -> Bytes {
 }
 
 fn json_header(status: u16, id: &str) -> pingora::Result<ResponseHeader> {
-    let mut header = ResponseHeader::build(status, Some(6))?;
+    let mut header = ResponseHeader::build(status, Some(8))?;
     header.insert_header("content-type", "application/json")?;
     header.insert_header("cache-control", "no-store")?;
     header.insert_header(REQUEST_ID, id)?;

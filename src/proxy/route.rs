@@ -5,49 +5,68 @@
 //! backends are gone stays known (503 later): the difference tells a client whether to fix its request or to
 //! wait.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pingora::http::RequestHeader;
 
 use super::reply::Refusal;
+use crate::balance::retry;
 use crate::config;
 use crate::upstream::{Serves, Upstream};
 
 /// The routing table.
 pub(super) struct Routes {
-    routes: Vec<(Option<config::Route>, Arc<Upstream>)>,
+    routes: Vec<Way>,
+}
+
+/// Where a route leads, and on what terms.
+pub(super) struct Way {
+    route: Option<config::Route>,
+    pub(super) upstream: Arc<Upstream>,
+    pub(super) retry: Arc<retry::Rule>,
 }
 
 impl Routes {
     /// The table for `routes` over `upstreams`. Routes to unknown upstreams were refused with the
     /// configuration.
     pub(super) fn new(routes: &[config::Route], upstreams: &[Arc<Upstream>]) -> Self {
-        let find = |name: &str| upstreams.iter().find(|u| u.name == name).cloned();
+        let to = |upstream: &Arc<Upstream>| Way {
+            route: None,
+            upstream: upstream.clone(),
+            retry: upstream.retry.clone(),
+        };
+        let along = |route: &config::Route| {
+            let way = upstreams.iter().find(|upstream| upstream.name == route.upstream).map(to)?;
+            let own = route.retry.as_ref().map(|retry| Arc::new(retry.rule()));
+            Some(Way { retry: own.unwrap_or(way.retry), route: Some(route.clone()), upstream: way.upstream })
+        };
         let routes = if routes.is_empty() {
-            upstreams.iter().map(|upstream| (None, upstream.clone())).collect()
+            upstreams.iter().map(to).collect()
         } else {
-            routes.iter().filter_map(|r| Some((Some(r.clone()), find(&r.upstream)?))).collect()
+            routes.iter().filter_map(along).collect()
         };
         Self { routes }
     }
 
-    /// The upstream for a request.
+    /// The way of a request that showed `key`.
     pub(super) fn resolve(
         &self,
         request: &RequestHeader,
         model: Option<&str>,
-    ) -> Result<&Arc<Upstream>, Refusal> {
+        key: Option<&str>,
+    ) -> Result<&Way, Refusal> {
         let mut undecided = None;
         let mut reachable = false;
-        for (route, upstream) in &self.routes {
-            if !route.as_ref().is_none_or(|route| leads(route, request)) {
+        for way in &self.routes {
+            if !way.route.as_ref().is_none_or(|route| leads(route, request, key)) {
                 continue;
             }
-            let names = route.as_ref().map_or(&[][..], |route| &route.model);
+            let names = way.route.as_ref().map_or(&[][..], |route| &route.model);
             let Some(model) = model else {
                 // A route for certain models is not for a request that names none.
                 if names.is_empty() {
-                    return Ok(upstream);
+                    return Ok(way);
                 }
                 continue;
             };
@@ -55,29 +74,31 @@ impl Routes {
             if !names.is_empty() && !names.iter().any(|name| name.matches(model)) {
                 continue;
             }
-            match upstream.catalog.serves(model) {
-                Serves::Yes => return Ok(upstream),
+            match way.upstream.catalog.serves(model) {
+                Serves::Yes => return Ok(way),
                 // A model that a route names is believed before a backend has confirmed it.
-                Serves::Unknown => undecided = undecided.or(Some(upstream)),
+                Serves::Unknown => undecided = undecided.or(Some(way)),
                 Serves::No => {}
             }
         }
         match (undecided, model) {
-            (Some(upstream), _) => Ok(upstream),
+            (Some(way), _) => Ok(way),
             (None, Some(model)) if reachable => Err(Refusal::model_not_found(model)),
             _ => Err(Refusal::route_not_found()),
         }
     }
 
-    /// Every model that can be reached with this request's host and headers, one JSON entry per id.
-    pub(super) fn models(&self, request: &RequestHeader) -> std::collections::BTreeMap<String, String> {
-        let mut models = std::collections::BTreeMap::new();
-        for (route, upstream) in &self.routes {
-            if !route.as_ref().is_none_or(|route| leads_from(route, request)) {
+    /// Every model that can be reached with this request's host and headers, one JSON entry per id, by one who
+    /// showed `key`.
+    pub(super) fn models(&self, request: &RequestHeader, key: Option<&str>) -> BTreeMap<String, String> {
+        let mut models = BTreeMap::new();
+        for way in &self.routes {
+            if !way.route.as_ref().is_none_or(|route| leads_from(route, request, key)) {
                 continue;
             }
-            for model in upstream.catalog.models() {
-                let named = route
+            for model in way.upstream.catalog.models() {
+                let named = way
+                    .route
                     .as_ref()
                     .is_none_or(|r| r.model.is_empty() || r.model.iter().any(|m| m.matches(&model.id)));
                 if named {
@@ -90,14 +111,16 @@ impl Routes {
 }
 
 /// Whether all of a route's conditions but the model hold.
-fn leads(route: &config::Route, request: &RequestHeader) -> bool {
-    leads_from(route, request)
+fn leads(route: &config::Route, request: &RequestHeader, key: Option<&str>) -> bool {
+    leads_from(route, request, key)
         && route.path.as_ref().is_none_or(|prefix| request.uri.path().starts_with(prefix.as_str()))
 }
 
-/// Whether a route's host and headers fit.
-fn leads_from(route: &config::Route, request: &RequestHeader) -> bool {
-    route.host.as_ref().is_none_or(|pattern| host(request).is_some_and(|host| pattern.matches(host)))
+/// Whether a route's key, host and headers fit.
+fn leads_from(route: &config::Route, request: &RequestHeader, key: Option<&str>) -> bool {
+    let is_for_all = route.key.is_empty();
+    (is_for_all || key.is_some_and(|key| route.key.iter().any(|name| name == key)))
+        && route.host.as_ref().is_none_or(|pattern| host(request).is_some_and(|host| pattern.matches(host)))
         && route.headers.iter().all(|(name, value)| {
             request.headers.get_all(name.as_str()).iter().any(|v| v.as_bytes() == value.as_bytes())
         })

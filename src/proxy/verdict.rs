@@ -23,7 +23,10 @@ impl Proxy {
     /// Whether the present attempt, which failed so, is followed by another. `wait` is what the engine asked for.
     pub(super) fn judge(&self, ctx: &mut Context, failure: Failure, wait: Option<Duration>) -> bool {
         ctx.last_failure = Some(failure);
-        let (Some(upstream), Some(attempt)) = (&ctx.upstream, &ctx.attempt) else { return false };
+        let (Some(upstream), Some(attempt), Some(rule)) = (&ctx.upstream, &ctx.attempt, &ctx.retry_rule)
+        else {
+            return false;
+        };
         let (slot, address) = (attempt.charge.slot, attempt.charge.address);
         match failure.fault() {
             Fault::None => {}
@@ -37,8 +40,8 @@ impl Proxy {
         let again = failure == Failure::StaleConnection && others != Some(Tier::Available);
         let elapsed = self.clock.now().since(ctx.admitted_at);
         let progress = Progress { tries: ctx.tries, elapsed, committed: ctx.committed };
-        let retry = (others.is_some() || again)
-            && retry::retry(&upstream.retry, failure, progress, &mut self.budget.lock());
+        let retry =
+            (others.is_some() || again) && retry::retry(rule, failure, progress, &mut self.budget.lock());
         if retry {
             upstream.retried(failure);
         }

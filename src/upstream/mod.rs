@@ -56,7 +56,7 @@ pub struct Upstream {
     /// The models its backends serve.
     pub catalog: Catalog,
     /// When it is tried again.
-    pub retry: retry::Rule,
+    pub retry: Arc<retry::Rule>,
     shared: Arc<Shared>,
     balancing: LoadBalancer<Selector>,
     /// Bytes per prompt token, by model.
@@ -160,11 +160,7 @@ impl Upstream {
         if let Some(Err(e)) = balancing.update().now_or_never() {
             log::error!("upstream without backends upstream={name} error={e}");
         }
-        let retry = retry::Rule {
-            tries: config.retry.tries,
-            within: config.retry.within,
-            on: config.retry.on.clone(),
-        };
+        let retry = Arc::new(config.retry.rule());
         let catalog = Catalog::new(&config.models);
         Arc::new(Self {
             name: name.to_owned(),

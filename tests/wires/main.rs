@@ -5,6 +5,8 @@
 pub mod support;
 
 #[cfg(test)]
+mod access;
+#[cfg(test)]
 mod bodies;
 #[cfg(test)]
 mod captures;
