@@ -194,8 +194,8 @@ async fn a_stream_without_usage_costs_its_prompt_and_a_token_for_each_read() {
 async fn a_route_may_have_its_own_causes_of_retry() {
     let engines: [Engine; 2] = std::array::from_fn(|_| Engine::start(|_| Answer::json(500, "{}")));
     let yaml = format!(
-        "routes:\n  - {{ path: /v1/embeddings, upstream: llm, retry: {{ on: [status_500] }} }}\n  - {{ path: /v1/rerank, \
-         upstream: llm, retry: {{ tries: 1 }} }}\n  - {{ upstream: llm }}\n{}",
+        "routes:\n  - {{ path: /v1/embeddings, upstream: llm, retry: {{ on: [status_500] }} }}\n  \
+         - {{ path: /v1/rerank, upstream: llm, retry: {{ tries: 1 }} }}\n  - {{ upstream: llm }}\n{}",
         one_upstream(&engines.each_ref().map(Engine::address), "max_fails: 0")
     );
     let proxy = Proxy::start(&yaml).await;

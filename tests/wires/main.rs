@@ -25,6 +25,8 @@ mod harness;
 #[cfg(test)]
 mod health;
 #[cfg(test)]
+mod http2;
+#[cfg(test)]
 mod hygiene;
 #[cfg(test)]
 mod limits;

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod engine;
+pub mod frames;
 pub mod http1;
 pub mod http2;
 pub mod metrics;
