@@ -41,4 +41,6 @@ mod recovery;
 #[cfg(test)]
 mod routing;
 #[cfg(test)]
+mod smuggling;
+#[cfg(test)]
 mod streaming;

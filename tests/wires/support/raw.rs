@@ -6,7 +6,7 @@ use super::within;
 use bytes::Bytes;
 use std::io;
 use std::net::SocketAddr;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
@@ -48,6 +48,14 @@ impl Raw {
         let body = within("a body", self.wire.body(framing)).await;
         let (status, complete) = (head.status(), body.is_ok());
         Answer { status, headers: head.headers, body: body.unwrap_or_default(), complete }
+    }
+
+    /// Every byte up to the end of the connection, however that comes.
+    pub async fn until_ended(self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut stream = self.wire.into_inner();
+        let _reset = within("the end of the connection", stream.read_to_end(&mut bytes)).await;
+        bytes
     }
 
     /// Every byte up to the end of the connection, which has to come in good order.
