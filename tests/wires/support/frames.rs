@@ -10,25 +10,41 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Kinds of frames (RFC 9113 s.6).
 pub mod kind {
+    /// A part of a body.
     pub const DATA: u8 = 0;
+    /// The beginning of a head, or trailers.
     pub const HEADERS: u8 = 1;
+    /// What a stream depends on; of no effect any more.
     pub const PRIORITY: u8 = 2;
+    /// The end of one stream.
     pub const RST_STREAM: u8 = 3;
+    /// What the sender wants.
     pub const SETTINGS: u8 = 4;
+    /// Nothing that a client may send.
     pub const PUSH_PROMISE: u8 = 5;
+    /// A question whether anybody is there.
     pub const PING: u8 = 6;
+    /// No further streams.
     pub const GOAWAY: u8 = 7;
+    /// Room for more data.
     pub const WINDOW_UPDATE: u8 = 8;
+    /// More of a head.
     pub const CONTINUATION: u8 = 9;
 }
 
 /// Flags of frames.
 pub mod flag {
+    /// No flag at all.
     pub const NONE: u8 = 0;
+    /// An answer to SETTINGS or PING.
     pub const ACK: u8 = 1;
+    /// The sender sends no more on the stream.
     pub const END_STREAM: u8 = 1;
+    /// The head is whole.
     pub const END_HEADERS: u8 = 4;
+    /// The payload has padding.
     pub const PADDED: u8 = 8;
+    /// The head begins with what the stream depends on.
     pub const PRIORITY: u8 = 0x20;
     /// A head without a body.
     pub const WHOLE: u8 = END_STREAM | END_HEADERS;
@@ -60,8 +76,11 @@ pub fn block(fields: &[(&str, &str)]) -> Vec<u8> {
 /// How the server took what it was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// The stream was answered, with 200 or not.
-    Answered { well: bool },
+    /// The stream was answered.
+    Answered {
+        /// Whether it was 200.
+        well: bool,
+    },
     /// The stream was reset.
     Reset,
     /// The connection was ended.
