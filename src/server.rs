@@ -64,6 +64,7 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
     let mut probes = Probes::default();
     let upstreams = upstreams(config, clock, &metrics, &mut probes)?;
+    probes.publish();
     if !upgrade {
         check_free(config)?;
     }
@@ -108,8 +109,7 @@ fn upstreams(
         .iter()
         .map(|(name, upstream)| {
             let members = resolve(name, &upstream.backends)?;
-            let authorization = upstream.api_key.as_ref().map(|key| format!("Bearer {}", key.expose()));
-            Ok(Upstream::new(name, upstream.clone(), &members, authorization, clock, metrics, probes))
+            Ok(Upstream::new(name, upstream.clone(), &members, None, clock, metrics, probes))
         })
         .collect()
 }

@@ -180,6 +180,16 @@ impl Balancer {
         }
     }
 
+    /// Changes the rules: from now on it goes by `settings` and, if there is one, a new `policy`. What is known of the
+    /// backends, and what they owe, stays.
+    pub fn configure(&mut self, settings: Settings, policy: Option<Box<dyn Policy>>) {
+        self.settings = settings;
+        if let Some(policy) = policy {
+            self.policy = policy;
+            self.policy.rebuild(&self.members);
+        }
+    }
+
     /// Sets which backends there are, with their weights. Those known before keep their state; new ones start
     /// healthy, and slowly if they join others.
     pub fn set_members(&mut self, members: impl IntoIterator<Item = (SocketAddr, u32)>, now: Time) {

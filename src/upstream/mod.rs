@@ -59,18 +59,18 @@ pub struct Upstream {
     pub retry: Arc<retry::Rule>,
     shared: Arc<Shared>,
     balancing: LoadBalancer<Selector>,
-    /// Bytes per prompt token, by model.
-    prices: RwLock<HashMap<String, BytesPerToken>>,
     live: HashMap<SocketAddr, Arc<Live>>,
 }
 
-/// What selectors, charges and background tasks of one upstream share.
+/// What selectors, charges and background tasks of one upstream share, and what stays when its configuration changes.
 pub struct Shared {
     name: String,
     clock: Clock,
     balancer: Mutex<Balancer>,
     queue: Queue,
     metrics: UpstreamMetrics,
+    /// Bytes per prompt token, by model.
+    prices: RwLock<HashMap<String, BytesPerToken>>,
 }
 
 /// A backend, as configured and resolved.
@@ -110,67 +110,47 @@ impl Live {
 }
 
 impl Upstream {
-    /// Builds an upstream over these backends. Nothing runs until [`Upstream::run`].
+    /// Builds an upstream over these backends. Nothing runs until [`Upstream::run`]. What was known `before`, of the
+    /// upstream of this name, is known to the new one, and both owe the same: from now on, that is by the new rules.
     pub fn new(
         name: &str,
         config: config::Upstream,
         members: &[Member],
-        authorization: Option<String>,
+        before: Option<&Self>,
         clock: Clock,
         metrics: &Metrics,
         probes: &mut Probes,
     ) -> Arc<Self> {
-        let settings = Settings {
-            ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
-            max_requests: config.max_requests,
-            slow_start: config.slow_start,
-            stall_timeout: config.stall_timeout,
+        let authorization = config.api_key.as_ref().map(|key| format!("Bearer {}", key.expose()));
+        let shared = match before {
+            Some(before) => before.shared.configure(&config, &before.config),
+            None => Shared::new(name, &config, clock, metrics),
         };
-        let upstream_metrics = metrics.upstream(name);
-        let shared = Arc::new(Shared {
-            name: name.to_owned(),
-            clock,
-            balancer: Mutex::new(Balancer::new(settings, config.policy.build(), fastrand::u64(..))),
-            queue: Queue::new(
-                config.queue.length as usize,
-                config.queue.timeout,
-                upstream_metrics.queued.clone(),
-            ),
-            metrics: upstream_metrics,
-        });
-        let live: HashMap<_, _> = members
-            .iter()
-            .map(|member| {
-                let label = member.address.to_string();
-                let named = config.tls.as_ref().and_then(|tls| tls.server_name.clone());
-                let live = Live {
-                    address: member.address,
-                    server_name: named.unwrap_or_else(|| member.host.clone()),
-                    metrics: metrics.backend(name, &label),
-                    label,
-                    pulse: shared.balancer.lock().pulse(member.address),
-                };
-                (member.address, Arc::new(live))
-            })
-            .collect();
-        let registry = probes.registry(&config, authorization.as_deref(), shared.clone(), live.clone());
+        let live = live(name, &config, members, &shared, metrics);
+        let registry = probes.registry(&config, authorization.as_deref(), (shared.clone(), live.clone()));
         let backends = Backends::new_with_health_registry(Static::new(backend_set(members)), registry);
         let balancing = LoadBalancer::from_backends_with_config(backends, Some(shared.clone()));
         // A static list is there at once; this publishes it and builds the first selector.
         if let Some(Err(e)) = balancing.update().now_or_never() {
             log::error!("upstream without backends upstream={name} error={e}");
         }
-        let retry = Arc::new(config.retry.rule());
-        let catalog = Catalog::new(&config.models);
+        for backend in backend_set(members) {
+            let Some(address) = backend.addr.as_inet() else { continue };
+            let healthy = balancing.backends().ready(&backend);
+            shared.balancer.lock().observe_health(address, healthy, clock.now());
+        }
+        let catalog = match before {
+            Some(before) => Catalog::succeed(&config.models, &before.catalog, |a| live.contains_key(a)),
+            None => Catalog::new(&config.models),
+        };
         Arc::new(Self {
             name: name.to_owned(),
+            retry: Arc::new(config.retry.rule()),
             config,
             authorization,
             catalog,
-            retry,
             shared,
             balancing,
-            prices: RwLock::new(HashMap::new()),
             live,
         })
     }
@@ -183,7 +163,7 @@ impl Upstream {
 
     /// What the balancer needs to know of a request for `digest`.
     pub fn price<'a>(&self, digest: &'a Digest, session: Option<u64>) -> Request<'a> {
-        let prices = self.prices.read();
+        let prices = self.shared.prices.read();
         let price = digest.model.as_ref().and_then(|model| prices.get(model)).copied().unwrap_or_default();
         Request {
             prompt_tokens: price.tokens(digest.prompt_bytes),
@@ -196,7 +176,7 @@ impl Upstream {
     /// Learns the price of a model's tokens from what an engine counted.
     pub fn learn(&self, digest: &Digest, prompt_tokens: u64) {
         let Some(model) = &digest.model else { return };
-        let mut prices = self.prices.write();
+        let mut prices = self.shared.prices.write();
         if let Some(price) = prices.get_mut(model) {
             price.learn(digest.prompt_bytes, prompt_tokens);
             return;
@@ -282,6 +262,29 @@ impl Upstream {
 }
 
 impl Shared {
+    fn new(name: &str, config: &config::Upstream, clock: Clock, metrics: &Metrics) -> Arc<Self> {
+        let metrics = metrics.upstream(name);
+        let (length, timeout) = (config.queue.length as usize, config.queue.timeout);
+        Arc::new(Self {
+            name: name.to_owned(),
+            clock,
+            balancer: Mutex::new(Balancer::new(settings(config), config.policy.build(), fastrand::u64(..))),
+            queue: Queue::new(length, timeout, metrics.queued.clone()),
+            metrics,
+            prices: RwLock::default(),
+        })
+    }
+
+    /// Goes on by the rules of `config` in place of those `before`.
+    fn configure(self: &Arc<Self>, config: &config::Upstream, before: &config::Upstream) -> Arc<Self> {
+        let policy = (config.policy != before.policy).then(|| config.policy.build());
+        self.balancer.lock().configure(settings(config), policy);
+        self.queue.configure(config.queue.length as usize, config.queue.timeout);
+        // A larger `max_requests` is room for those who wait.
+        self.queue.wake();
+        self.clone()
+    }
+
     /// Picks and charges in one step; `None` if no backend is left or all are full.
     fn pick(self: &Arc<Self>, request: &Request<'_>, tried: &[Slot]) -> Option<Charge> {
         let now = self.clock.now();
@@ -310,6 +313,37 @@ impl Shared {
     }
 }
 
+fn settings(config: &config::Upstream) -> Settings {
+    Settings {
+        ejection: ejection::Rule { max_fails: config.max_fails, fail_timeout: config.fail_timeout },
+        max_requests: config.max_requests,
+        slow_start: config.slow_start,
+        stall_timeout: config.stall_timeout,
+    }
+}
+
+fn live(
+    upstream: &str,
+    config: &config::Upstream,
+    members: &[Member],
+    shared: &Shared,
+    metrics: &Metrics,
+) -> HashMap<SocketAddr, Arc<Live>> {
+    let named = config.tls.as_ref().and_then(|tls| tls.server_name.clone());
+    let live = |member: &Member| {
+        let label = member.address.to_string();
+        let live = Live {
+            address: member.address,
+            server_name: named.clone().unwrap_or_else(|| member.host.clone()),
+            metrics: metrics.backend(upstream, &label),
+            label,
+            pulse: shared.balancer.lock().pulse(member.address),
+        };
+        (member.address, Arc::new(live))
+    };
+    members.iter().map(live).collect()
+}
+
 fn backend_set(members: &[Member]) -> BTreeSet<Backend> {
     members
         .iter()
@@ -325,20 +359,19 @@ fn backend_set(members: &[Member]) -> BTreeSet<Backend> {
 mod tests {
     use super::*;
     use crate::balance::ledger::Account;
-    use crate::policy::Reason;
+    use crate::policy::{PolicyConfig, Reason};
 
     fn upstream(backends: u8, configure: impl FnOnce(&mut config::Upstream)) -> Arc<Upstream> {
         let mut config = config::Upstream::default();
         configure(&mut config);
-        let members: Vec<_> = (1..=backends)
-            .map(|n| Member {
-                address: SocketAddr::from(([10, 0, 0, n], 8000)),
-                weight: 1,
-                host: String::new(),
-            })
-            .collect();
-        let metrics = Metrics::new().unwrap();
-        Upstream::new("llama", config, &members, None, Clock::start(), &metrics, &mut Probes::default())
+        let (metrics, mut probes) = (Metrics::new().unwrap(), Probes::default());
+        Upstream::new("llama", config, &members(backends), None, Clock::start(), &metrics, &mut probes)
+    }
+
+    fn members(backends: u8) -> Vec<Member> {
+        let member =
+            |n| Member { address: SocketAddr::from(([10, 0, 0, n], 8000)), weight: 1, host: String::new() };
+        (1..=backends).map(member).collect()
     }
 
     fn request() -> Request<'static> {
@@ -347,6 +380,60 @@ mod tests {
 
     fn at_rest(upstream: &Upstream) -> bool {
         upstream.states().iter().all(|state| state.account == Account::default())
+    }
+
+    fn succeed(
+        before: &Upstream,
+        backends: u8,
+        configure: impl FnOnce(&mut config::Upstream),
+    ) -> Arc<Upstream> {
+        let mut config = before.config.clone();
+        configure(&mut config);
+        let (metrics, mut probes) = (Metrics::new().unwrap(), Probes::default());
+        Upstream::new(
+            "llama",
+            config,
+            &members(backends),
+            Some(before),
+            Clock::start(),
+            &metrics,
+            &mut probes,
+        )
+    }
+
+    #[test]
+    fn a_new_configuration_finds_what_its_backends_owe_and_the_old_one_settles_it() {
+        let before = upstream(2, |_| {});
+        let held = before.assign(&request(), &[]).unwrap();
+        let after = succeed(&before, 3, |config| config.policy = PolicyConfig::LeastConnections);
+        let owed = |address| after.states().iter().find(|s| s.address == address).map(|s| s.account);
+        assert_eq!(owed(held.address).unwrap().active_requests, 1);
+        assert_eq!(after.states().len(), 3);
+        let next = after.assign(&request(), &[]).unwrap();
+        assert_ne!(next.address, held.address, "the new policy counts what the old one sent");
+        drop((held, next));
+        assert!(at_rest(&after) && at_rest(&before));
+    }
+
+    #[tokio::test]
+    async fn more_room_in_a_new_configuration_lets_the_first_in_line_go() {
+        let before = upstream(1, |config| config.max_requests = Some(1));
+        let held = before.assign(&request(), &[]).unwrap();
+        let request = request();
+        let mut waiting = std::pin::pin!(before.admit(&request));
+        assert!((&mut waiting).now_or_never().is_none());
+        let _after = succeed(&before, 1, |config| config.max_requests = Some(2));
+        assert!(waiting.await.unwrap().is_some());
+        drop(held);
+        assert!(at_rest(&before));
+    }
+
+    #[test]
+    fn a_backend_that_was_down_is_down_no_longer_than_somebody_probes_it() {
+        let before = upstream(1, |_| {});
+        before.shared.observe_health(&members(1)[0].address, false);
+        assert!(!before.is_available());
+        assert!(succeed(&before, 1, |config| config.probe = None).is_available());
     }
 
     #[test]

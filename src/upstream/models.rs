@@ -45,6 +45,17 @@ impl Catalog {
         Self { configured: models.clone(), learned: RwLock::new(BTreeMap::new()) }
     }
 
+    /// The same for an upstream that was there `before`: of backends that are still there it knows what they said.
+    pub(super) fn succeed(
+        models: &config::Models,
+        before: &Self,
+        is_member: impl Fn(&SocketAddr) -> bool,
+    ) -> Self {
+        let mut learned = before.learned.read().clone();
+        learned.retain(|address, _| is_member(address));
+        Self { configured: models.clone(), learned: RwLock::new(learned) }
+    }
+
     /// Whether backends have to be asked.
     pub fn is_discovered(&self) -> bool {
         !matches!(self.configured, config::Models::List(_))

@@ -41,6 +41,8 @@ struct Probed {
     settings: Settings,
     registry: Arc<HealthRegistry>,
     watchers: Watchers,
+    /// Those who will, once [`Probes::publish`] is called.
+    coming: Vec<Watcher>,
 }
 
 /// A way of probing.
@@ -52,40 +54,64 @@ struct Settings {
     authorization: Option<String>,
 }
 
-/// The upstreams of a registry, each with its backends.
-type Watchers = Arc<RwLock<Vec<(Arc<Shared>, HashMap<SocketAddr, Arc<Live>>)>>>;
+/// The upstreams of a registry.
+type Watchers = Arc<RwLock<Vec<Watcher>>>;
+
+/// An upstream and its backends.
+type Watcher = (Arc<Shared>, HashMap<SocketAddr, Arc<Live>>);
 
 impl Probes {
+    /// The same ways of probing, with what they have found, for the upstreams of a new configuration.
+    pub fn successor(&self) -> Self {
+        let registries = self.registries.iter().map(|probed| Probed {
+            settings: probed.settings.clone(),
+            registry: probed.registry.clone(),
+            watchers: probed.watchers.clone(),
+            coming: Vec::new(),
+        });
+        Self { registries: registries.collect() }
+    }
+
     /// The registry in which an upstream's backends are probed as `config` says, or not at all.
     pub(super) fn registry(
         &mut self,
         config: &config::Upstream,
         authorization: Option<&str>,
-        shared: Arc<Shared>,
-        live: HashMap<SocketAddr, Arc<Live>>,
+        watcher: Watcher,
     ) -> Arc<HealthRegistry> {
-        let (Some(probe), Some(path)) = (&config.probe, config.probe_path()) else {
-            return Arc::new(HealthRegistry::with_equivalence(by_address));
-        };
+        let registry = || Arc::new(HealthRegistry::with_equivalence(by_address));
+        let (Some(probe), Some(path)) = (&config.probe, config.probe_path()) else { return registry() };
         let settings = Settings {
             probe: probe.clone(),
             path: path.to_owned(),
             tls: config.tls.clone(),
             authorization: authorization.map(str::to_owned),
         };
-        if let Some(known) = self.registries.iter().find(|known| known.settings == settings) {
-            known.watchers.write().push((shared, live));
+        if let Some(known) = self.registries.iter_mut().find(|known| known.settings == settings) {
+            known.coming.push(watcher);
             return known.registry.clone();
         }
-        let watchers = Watchers::new(RwLock::new(vec![(shared, live)]));
-        let registry = Arc::new(HealthRegistry::with_equivalence(by_address));
+        let (registry, watchers) = (registry(), Watchers::default());
         registry.set_health_check(Box::new(Probe {
             client: Client::new(config, settings.authorization.clone()),
             settings: settings.clone(),
             watchers: watchers.clone(),
         }));
-        self.registries.push(Probed { settings, registry: registry.clone(), watchers });
+        self.registries.push(Probed {
+            settings,
+            registry: registry.clone(),
+            watchers,
+            coming: vec![watcher],
+        });
         registry
+    }
+
+    /// From now on the upstreams that asked for a registry look at it, and no others.
+    pub fn publish(&mut self) {
+        for probed in &mut self.registries {
+            *probed.watchers.write() = std::mem::take(&mut probed.coming);
+        }
+        self.registries.retain(|probed| !probed.watchers.read().is_empty());
     }
 
     /// Probes until `shutdown`.
@@ -122,9 +148,7 @@ impl Probe {
     /// The backend at `address`, as each upstream that has it sees it.
     fn watched(&self, address: &SocketAddr) -> Vec<(Arc<Shared>, Arc<Live>)> {
         let watchers = self.watchers.read();
-        let of = |(shared, live): &(Arc<Shared>, HashMap<_, Arc<Live>>)| {
-            Some((shared.clone(), live.get(address)?.clone()))
-        };
+        let of = |(shared, live): &Watcher| Some((shared.clone(), live.get(address)?.clone()));
         watchers.iter().filter_map(of).collect()
     }
 

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use prometheus::IntGauge;
 use tokio::sync::{Mutex, Notify};
 
@@ -18,10 +19,16 @@ pub enum Refusal {
     Late,
 }
 
-/// The queue of one upstream.
-pub(super) struct Queue {
+/// How many may wait, and how long.
+#[derive(Clone, Copy)]
+struct Bounds {
     length: usize,
     timeout: Duration,
+}
+
+/// The queue of one upstream.
+pub(super) struct Queue {
+    bounds: RwLock<Bounds>,
     waiting: AtomicUsize,
     /// Held by the first in line; tokio's mutex is fair, so it is handed on in the order of arrival.
     turn: Mutex<()>,
@@ -32,8 +39,14 @@ pub(super) struct Queue {
 impl Queue {
     /// A queue of at most `length` requests that each wait at most `timeout`.
     pub(super) fn new(length: usize, timeout: Duration, gauge: IntGauge) -> Self {
+        let bounds = RwLock::new(Bounds { length, timeout });
         let (waiting, turn, room) = (AtomicUsize::new(0), Mutex::new(()), Notify::new());
-        Self { length, timeout, waiting, turn, room, gauge }
+        Self { bounds, waiting, turn, room, gauge }
+    }
+
+    /// Changes its bounds, for those who come from now on.
+    pub(super) fn configure(&self, length: usize, timeout: Duration) {
+        *self.bounds.write() = Bounds { length, timeout };
     }
 
     /// Whether nobody waits, so that an arrival may try at once.
@@ -43,7 +56,8 @@ impl Queue {
 
     /// Waits until `attempt` succeeds: tries when it is this request's turn, and whenever there may be room.
     pub(super) async fn wait<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> Result<T, Refusal> {
-        let _place = Place::take(self)?;
+        let Bounds { length, timeout } = *self.bounds.read();
+        let _place = Place::take(self, length)?;
         let served = async {
             let _turn = self.turn.lock().await;
             loop {
@@ -55,7 +69,7 @@ impl Queue {
                 self.room.notified().await;
             }
         };
-        tokio::time::timeout(self.timeout, served).await.map_err(|_| Refusal::Late)
+        tokio::time::timeout(timeout, served).await.map_err(|_| Refusal::Late)
     }
 
     /// A request has ended: there may be room for another.
@@ -70,8 +84,8 @@ impl Queue {
 struct Place<'a>(&'a Queue);
 
 impl<'a> Place<'a> {
-    fn take(queue: &'a Queue) -> Result<Self, Refusal> {
-        let one_more = |n| (n < queue.length).then_some(n + 1);
+    fn take(queue: &'a Queue, length: usize) -> Result<Self, Refusal> {
+        let one_more = |n| (n < length).then_some(n + 1);
         let taken = queue.waiting.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
         taken.map_err(|_| Refusal::Full)?;
         queue.gauge.inc();
