@@ -41,16 +41,26 @@ pub(super) struct Key {
 }
 
 impl Keys {
-    /// The keys of a configuration; `None` if it has none, and everybody may ask.
-    pub(super) fn new(keys: &BTreeMap<String, config::Key>, metrics: &Metrics) -> Option<Self> {
+    /// The keys of a configuration; `None` if it has none, and everybody may ask. A key of a name that was there
+    /// `before` has used what it had used then.
+    pub(super) fn new(
+        keys: &BTreeMap<String, config::Key>,
+        metrics: &Metrics,
+        before: Option<&Self>,
+    ) -> Option<Self> {
+        let known = |name: &str| before?.by_start.values().flatten().find(|key| key.name == name);
         let mut by_start: HashMap<u64, Vec<Arc<Key>>> = HashMap::new();
         for (name, key) in keys {
+            let used = known(name);
+            let allowance = |limit: Option<u32>, used: Option<&Allowance>| {
+                limit.map(|limit| Allowance::new(limit, used.map(|used| used.rate.clone())))
+            };
             let live = Key {
                 name: name.clone(),
                 metrics: metrics.key(name),
                 hash: key.hash,
-                requests: key.requests_per_minute.map(Allowance::new),
-                tokens: key.tokens_per_minute.map(Allowance::new),
+                requests: allowance(key.requests_per_minute, used.and_then(|key| key.requests.as_ref())),
+                tokens: allowance(key.tokens_per_minute, used.and_then(|key| key.tokens.as_ref())),
             };
             by_start.entry(key.hash.start()).or_default().push(Arc::new(live));
         }
@@ -134,13 +144,15 @@ struct Allowance {
     limit: u32,
     /// Behind a lock because two threads at the end of an interval may make a `Rate` count backwards, which
     /// panics in a debug build and forgets the interval in a release.
-    rate: Mutex<Rate>,
+    rate: Arc<Mutex<Rate>>,
 }
 
 impl Allowance {
-    fn new(limit: u32) -> Self {
+    /// An allowance of which something may be `used` already.
+    fn new(limit: u32, used: Option<Arc<Mutex<Rate>>>) -> Self {
         // One key, one counter: nothing to estimate by hashing.
-        Self { limit, rate: Mutex::new(Rate::new_with_estimator_config(INTERVAL, 1, 1)) }
+        let unused = || Arc::new(Mutex::new(Rate::new_with_estimator_config(INTERVAL, 1, 1)));
+        Self { limit, rate: used.unwrap_or_else(unused) }
     }
 
     /// Takes `amount`; if that is more than what is left, takes nothing and says when it will be there.
@@ -195,7 +207,7 @@ mod tests {
 
     fn keys(text: &str) -> Keys {
         let keys: BTreeMap<String, config::Key> = serde_yaml::from_str(text).unwrap();
-        Keys::new(&keys, &Metrics::new().unwrap()).unwrap()
+        Keys::new(&keys, &Metrics::new().unwrap(), None).unwrap()
     }
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -267,8 +279,24 @@ mod tests {
     }
 
     #[test]
+    fn a_new_configuration_finds_what_a_key_has_used() {
+        let before =
+            keys(&format!("{{ a: {{ sha256: {}, requests_per_minute: 2 }} }}", KeyHash::of(b"sk-a")));
+        before.find(&headers(&[("x-api-key", "sk-a")])).unwrap().admit().unwrap();
+        let yaml = format!("{{ a: {{ sha256: {}, requests_per_minute: 3 }} }}", KeyHash::of(b"sk-b"));
+        let after = Keys::new(&serde_yaml::from_str(&yaml).unwrap(), &Metrics::new().unwrap(), Some(&before));
+        let key = after.unwrap().find(&headers(&[("x-api-key", "sk-b")])).unwrap();
+        let allowance = key.requests.as_ref().unwrap();
+        assert_eq!(
+            (allowance.limit, allowance.left()),
+            (3, 2),
+            "a key that was changed keeps its name and its use"
+        );
+    }
+
+    #[test]
     fn what_is_refused_is_not_counted_and_what_is_given_back_is_there_again() {
-        let allowance = Allowance::new(10);
+        let allowance = Allowance::new(10, None);
         assert_eq!((allowance.take(10), allowance.left()), (None, 0));
         assert!(allowance.take(1).is_some() && allowance.take(1).is_some());
         allowance.add(-4);

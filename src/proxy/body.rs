@@ -36,14 +36,19 @@ const FIRST_ROOM_LIMIT: usize = 1024 * 1024;
 
 /// The memory that all buffered bodies may take together.
 pub(super) struct Room {
-    limit: u64,
+    limit: AtomicU64,
     taken: AtomicU64,
     gauge: IntGauge,
 }
 
 impl Room {
     pub(super) fn new(limit: u64, gauge: IntGauge) -> Arc<Self> {
-        Arc::new(Self { limit, taken: AtomicU64::new(0), gauge })
+        Arc::new(Self { limit: AtomicU64::new(limit), taken: AtomicU64::new(0), gauge })
+    }
+
+    /// Changes its size; what is taken stays.
+    pub(super) fn resize(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 }
 
@@ -57,7 +62,8 @@ impl Reservation {
     /// Grows to `bytes`; false if there is no room.
     fn grow(&mut self, bytes: u64) -> bool {
         let more = bytes.saturating_sub(self.bytes);
-        let fits = |taken: u64| taken.checked_add(more).filter(|sum| *sum <= self.room.limit);
+        let limit = self.room.limit.load(Ordering::Relaxed);
+        let fits = |taken: u64| taken.checked_add(more).filter(|sum| *sum <= limit);
         if self.room.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
             return false;
         }

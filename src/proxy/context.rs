@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::access::Key;
 use super::body::Body;
+use super::setup::Setup;
 use super::tap::Tap;
 use crate::balance::retry::{self, Failure};
 use crate::clock::Time;
@@ -78,6 +79,8 @@ impl Drop for Entered {
 /// too.
 pub struct Context {
     _in_flight: Entered,
+    /// What it goes by.
+    pub(super) setup: Arc<Setup>,
     pub(super) arrived: Time,
     /// When its body had been read and a backend had room.
     pub(super) admitted_at: Time,
@@ -159,9 +162,10 @@ impl Attempt {
 }
 
 impl Context {
-    pub(super) fn new(arrived: Time, in_flight: Entered) -> Self {
+    pub(super) fn new(setup: Arc<Setup>, arrived: Time, in_flight: Entered) -> Self {
         Self {
             _in_flight: in_flight,
+            setup,
             arrived,
             admitted_at: arrived,
             id: String::new(),

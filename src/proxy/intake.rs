@@ -29,7 +29,7 @@ const LINGER: Duration = Duration::from_secs(2);
 impl Proxy {
     /// Refuses what is no request for anybody; false if nothing is wrong with it.
     pub(super) async fn refuse_flawed(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        let Some(refusal) = hygiene::flaw(session.req_header(), &self.limits) else { return Ok(false) };
+        let Some(refusal) = hygiene::flaw(session.req_header(), &ctx.setup.limits) else { return Ok(false) };
         self.refuse(session, ctx, &refusal).await?;
         Ok(true)
     }
@@ -37,7 +37,7 @@ impl Proxy {
     /// Refuses who shows no key, where keys are asked for; false if the request may go on. `/health` is for
     /// balancers in front of us, which have none.
     pub(super) async fn refuse_stranger(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        let Some(keys) = self.keys.as_ref().filter(|_| session.req_header().uri.path() != HEALTH) else {
+        let Some(keys) = ctx.setup.keys.as_ref().filter(|_| session.req_header().uri.path() != HEALTH) else {
             return Ok(false);
         };
         match keys.find(&session.req_header().headers) {
@@ -60,19 +60,19 @@ impl Proxy {
         }
         let key = ctx.key.as_ref().map(|key| key.name.as_str());
         let (status, body) = match request.uri.path() {
-            HEALTH if self.upstreams.iter().any(|upstream| upstream.is_available()) => {
+            HEALTH if ctx.setup.upstreams.iter().any(|upstream| upstream.is_available()) => {
                 (200, r#"{"status":"ok"}"#.to_owned())
             }
             HEALTH => (503, r#"{"status":"no backend"}"#.to_owned()),
             "/v1/models" => {
-                let models: Vec<_> = self.routes.models(request, key).into_values().collect();
+                let models: Vec<_> = ctx.setup.routes.models(request, key).into_values().collect();
                 (200, format!(r#"{{"object":"list","data":[{}]}}"#, models.join(",")))
             }
             path => {
                 let Some(model) = path.strip_prefix("/v1/models/") else { return Ok(false) };
                 // Ids such as `meta-llama/Llama-3.1-8B` come with their slash or with `%2F`.
                 let model = model.replace("%2F", "/").replace("%2f", "/");
-                match self.routes.models(request, key).remove(&model) {
+                match ctx.setup.routes.models(request, key).remove(&model) {
                     Some(json) => (200, json),
                     None => (404, Refusal::model_not_found(&model).json()),
                 }
@@ -90,13 +90,14 @@ impl Proxy {
         if let Some(key) = &key {
             key.admit().map_err(Unread::Refused)?;
         }
-        ctx.body = body::read(session.as_downstream_mut(), &self.limits, self.clock, &self.room).await?;
+        ctx.body = body::read(session.as_downstream_mut(), &ctx.setup.limits, self.clock, &self.room).await?;
         let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
         ctx.body_bytes = bytes.len();
         let request = session.req_header();
         let digest = prompt::digest(Endpoint::from_path(request.uri.path()), bytes);
         let name = key.as_ref().map(|key| key.name.as_str());
-        let way = self.routes.resolve(request, digest.model.as_deref(), name).map_err(Unread::Refused)?;
+        let way =
+            ctx.setup.routes.resolve(request, digest.model.as_deref(), name).map_err(Unread::Refused)?;
         let upstream = way.upstream.clone();
         ctx.retry_rule = Some(way.retry.clone());
         ctx.session = request.headers.get(SESSION).map(|value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()));

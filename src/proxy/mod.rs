@@ -26,6 +26,7 @@ mod peer;
 mod record;
 mod reply;
 mod route;
+mod setup;
 mod tap;
 mod verdict;
 
@@ -36,7 +37,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::FutureExt;
 use http::header;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest as ConnectionDigest;
 use pingora::protocols::http::ServerSession;
@@ -50,7 +51,6 @@ use crate::config;
 use crate::observe::metrics::Metrics;
 use crate::policy::Reason;
 use crate::upstream::Upstream;
-use access::Keys;
 use body::{Room, Unread};
 use context::Attempt;
 pub use context::{Context, InFlight};
@@ -60,7 +60,7 @@ pub(crate) use intake::new_id;
 use peer::ConnectionUses;
 use reply::REQUEST_ID;
 pub(crate) use reply::{CODES, Refusal};
-use route::Routes;
+use setup::Setup;
 use tap::{Opening, Tap};
 
 /// More than this without an end is no event that anybody would wait for.
@@ -69,15 +69,10 @@ const HELD_LIMIT: usize = 64 * 1024;
 /// The header that names the backend which answered.
 const BACKEND: &str = "x-plimsoll-backend";
 
-/// The proxy. Clones serve different listeners and share everything.
+/// The proxy. Clones share everything.
 #[derive(Clone)]
 pub struct Proxy {
-    routes: Arc<Routes>,
-    keys: Option<Arc<Keys>>,
-    upstreams: Vec<Arc<Upstream>>,
-    limits: config::Limits,
-    trusted: Vec<config::Network>,
-    observe: config::Observe,
+    setup: Arc<RwLock<Arc<Setup>>>,
     clock: Clock,
     metrics: Arc<Metrics>,
     room: Arc<Room>,
@@ -97,13 +92,9 @@ impl Proxy {
         for code in CODES {
             metrics.refusal(code);
         }
+        let setup = Setup::new(config, upstreams, &metrics, None);
         Self {
-            routes: Arc::new(Routes::new(&config.routes, &upstreams)),
-            keys: Keys::new(&config.keys, &metrics).map(Arc::new),
-            upstreams,
-            limits: config.limits.clone(),
-            trusted: config.trusted_proxies.clone(),
-            observe: config.observe.clone(),
+            setup: Arc::new(RwLock::new(Arc::new(setup))),
             clock,
             room: Room::new(config.limits.buffered_bodies, metrics.buffered_body_bytes.clone()),
             metrics,
@@ -111,6 +102,18 @@ impl Proxy {
             uses: Arc::default(),
             in_flight: InFlight::default(),
         }
+    }
+
+    /// From now on requests go as `config` says, over these upstreams; those in flight end as they began.
+    pub fn configure(&self, config: &config::Config, upstreams: Vec<Arc<Upstream>>) {
+        let setup = Setup::new(config, upstreams, &self.metrics, Some(&self.setup.read()));
+        self.room.resize(config.limits.buffered_bodies);
+        *self.setup.write() = Arc::new(setup);
+    }
+
+    /// The upstreams, as they are now.
+    pub fn upstreams(&self) -> Vec<Arc<Upstream>> {
+        self.setup.read().upstreams.clone()
     }
 
     /// The requests in flight, for whoever has to wait for their end.
@@ -124,19 +127,20 @@ impl ProxyHttp for Proxy {
     type CTX = Context;
 
     fn new_ctx(&self) -> Context {
-        Context::new(self.clock.now(), self.in_flight.enter())
+        Context::new(self.setup.read().clone(), self.clock.now(), self.in_flight.enter())
     }
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
         forward::to_origin_form(session.req_header_mut())?;
         ctx.id = intake::request_id(session.req_header());
-        ctx.client = Origin::of(session, &self.trusted).client(session.req_header(), &self.trusted);
-        session.set_write_timeout(Some(self.limits.client_write_timeout));
+        let Setup { limits, trusted, .. } = &*ctx.setup;
+        ctx.client = Origin::of(session, trusted).client(session.req_header(), trusted);
+        session.set_write_timeout(Some(limits.client_write_timeout));
         // Pingora's own 60 s would end a patient upload before our deadline does, and silently.
-        session.set_read_timeout(Some(body::longest(&self.limits)));
+        session.set_read_timeout(Some(body::longest(limits)));
         // Only if the client wants the connection kept at all.
         if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(self.limits.client_idle.as_secs().max(1)));
+            session.set_keepalive(Some(limits.client_idle.as_secs().max(1)));
         }
         Ok(())
     }
@@ -216,7 +220,7 @@ impl ProxyHttp for Proxy {
             request.insert_header(header::CONTENT_LENGTH, body.bytes.len())?;
         }
         request.insert_header(REQUEST_ID, ctx.id.as_str())?;
-        Origin::of(session, &self.trusted).announce(request)?;
+        Origin::of(session, &ctx.setup.trusted).announce(request)?;
         if ctx.key.is_some() {
             access::conceal(request);
         }
@@ -295,7 +299,7 @@ impl ProxyHttp for Proxy {
             session.set_keepalive(None);
         }
         let Some(attempt) = &mut ctx.attempt else { return Ok(()) };
-        if self.observe.backend_header {
+        if ctx.setup.observe.backend_header {
             response.insert_header(BACKEND, attempt.live.label.as_str())?;
         }
         let is_stream = is_event_stream(response);

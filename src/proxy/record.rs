@@ -16,7 +16,7 @@ impl Proxy {
         let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
         self.count(ctx, outcome, usage);
         settle(ctx, outcome, usage);
-        if self.observe.access_log {
+        if ctx.setup.observe.access_log {
             self.log(session, ctx, outcome, usage);
         }
     }
