@@ -5,6 +5,8 @@
 //! changed on purpose, `UPDATE_GOLDEN=1 cargo test --test config` writes the records anew: read the
 //! difference before committing.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -64,6 +66,7 @@ fn every_file_in_conf_is_sound() {
     for (name, kind) in [("cert.pem", "CERTIFICATE"), ("key.pem", "PRIVATE KEY")] {
         let pem = format!("-----BEGIN {kind}-----\nAA==\n-----END {kind}-----\n");
         std::fs::write(scratch.join(name), pem).expect("a stand-in for a certificate");
+        std::fs::set_permissions(scratch.join(name), Permissions::from_mode(0o600)).expect("a file of ours");
     }
     let files = yaml_files(&folder("conf"));
     for file in ["minimal.yaml", "reference.yaml", "from-nginx.yaml"] {

@@ -109,7 +109,9 @@ impl Check<'_> {
             ("certificate", &mut tls.certificate, "certificate", "-----BEGIN CERTIFICATE-----"),
             ("key", &mut tls.key, "private key", "PRIVATE KEY-----"),
         ] {
-            if let Err(message) = self.pem(file, what, wanted) {
+            let sound = self.pem(file, what, wanted);
+            let private = || if key == "key" { super::not_for_everybody(file) } else { Ok(()) };
+            if let Err(message) = sound.and_then(|()| private()) {
                 self.value(path.key(key), message, "");
             }
         }
@@ -127,10 +129,8 @@ impl Check<'_> {
         }
         let blocks: Vec<&str> =
             text.lines().map(str::trim).filter(|line| line.starts_with("-----BEGIN ")).collect();
-        if blocks.iter().any(|line| line.ends_with(wanted)) {
-            return Ok(());
-        }
         match blocks.first() {
+            _ if blocks.iter().any(|line| line.ends_with(wanted)) => Ok(()),
             None => Err(format!("`{shown}` is not a {what}: it holds no PEM block (`-----BEGIN ...-----`)")),
             Some(block) => {
                 let other = block.trim_start_matches("-----BEGIN ").trim_end_matches('-');

@@ -119,7 +119,8 @@ impl From<WrittenListener> for Listener {
 pub struct ListenerTls {
     /// PEM file of the certificate, and of those between it and a root. Required.
     pub certificate: PathBuf,
-    /// PEM file of its private key, without passphrase. Required.
+    /// PEM file of its private key, without passphrase; refused if everybody on the machine may read it.
+    /// Required.
     pub key: PathBuf,
 }
 

@@ -27,6 +27,7 @@ pub mod upstream;
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 pub use file::{Admin, Config, Limits, Listener, ListenerTls, Observe, Server};
@@ -134,6 +135,20 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 16 MiB"));
     }
     Ok(bytes)
+}
+
+/// Complains of a file with a secret in it that everybody on this machine may read. A group may: that is how
+/// certificates are shared (`ssl-cert`), and how Kubernetes gives files to a user (`fsGroup`).
+fn not_for_everybody(path: &Path) -> Result<(), String> {
+    match path.metadata() {
+        Ok(file) if file.is_file() && file.permissions().mode() & 0o004 != 0 => {
+            let (shown, mode) = (path.display(), file.permissions().mode() & 0o777);
+            Err(format!(
+                "everybody on this machine may read `{shown}` (mode {mode:o}): `chmod o-rwx {shown}`"
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The YAML parser refuses these too, but does not say where they are.

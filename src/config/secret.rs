@@ -1,7 +1,7 @@
 //! A secret, which the file names but does not hold.
 //!
 //! `{ env: NAME }` or `{ file: PATH }`: a configuration is copied, committed and shown, a secret is not. It
-//! is read when the configuration is loaded, and nothing prints it.
+//! is read when the configuration is loaded, and nothing prints it. A file that everybody may read is refused.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,7 @@ impl Secret {
                 *path = folder.join(&*path);
                 let bytes = super::read_file(path)
                     .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+                super::not_for_everybody(path)?;
                 String::from_utf8_lossy(&bytes).into_owned()
             }
         };
@@ -103,6 +104,8 @@ impl<'de> Deserialize<'de> for Secret {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn a_secret_is_not_printed() {
@@ -112,17 +115,26 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_that_cannot_stand_in_a_header_is_refused_without_being_shown() {
+    fn a_secret_that_is_public_or_cannot_stand_in_a_header_is_refused_without_being_shown() {
         let folder = std::env::temp_dir().join(format!("plimsoll-secret-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("good"), "sk-1234\n").unwrap();
-        std::fs::write(folder.join("split"), "sk-canary\ncanary").unwrap();
-        std::fs::write(folder.join("empty"), "\n").unwrap();
+        let write = |name: &str, text: &str, mode: u32| {
+            std::fs::write(folder.join(name), text).unwrap();
+            std::fs::set_permissions(folder.join(name), Permissions::from_mode(mode)).unwrap();
+        };
+        write("good", "sk-1234\n", 0o600);
+        write("shared", "sk-1234\n", 0o640);
+        write("public", "sk-canary\n", 0o604);
+        write("split", "sk-canary\ncanary", 0o600);
+        write("empty", "\n", 0o600);
         let read = |name: &str| {
             let mut secret = Secret { source: Source::File(name.into()), value: String::new() };
             secret.read(&folder).map(|()| secret.expose().to_owned())
         };
         assert_eq!(read("good").unwrap(), "sk-1234");
+        assert_eq!(read("shared").unwrap(), "sk-1234");
+        let public = read("public").unwrap_err();
+        assert!(public.contains("(mode 604): `chmod o-rwx /") && !public.contains("canary"), "{public}");
         assert!(!read("split").unwrap_err().contains("canary"));
         assert!(read("empty").unwrap_err().contains("is empty"));
         assert!(read("absent").unwrap_err().contains("cannot read"));

@@ -1,6 +1,8 @@
 //! The files in `conf/` mean what they say, and no text makes the reader panic or lose its place.
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path as FsPath;
 use std::time::Duration;
 
@@ -219,13 +221,16 @@ fn files_that_are_no_text_are_refused_with_their_name() {
 }
 
 #[test]
-fn a_key_and_a_certificate_that_are_swapped_are_told_apart() {
+fn a_key_and_a_certificate_are_told_apart_and_a_key_is_not_public() {
     let folder = std::env::temp_dir().join(format!("plimsoll-pem-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let pem = |kind: &str| format!("-----BEGIN {kind}-----\nAA==\n-----END {kind}-----\n");
     std::fs::write(folder.join("cert.pem"), pem("CERTIFICATE")).unwrap();
     std::fs::write(folder.join("key.pem"), pem("EC PRIVATE KEY")).unwrap();
     std::fs::write(folder.join("locked.pem"), pem("ENCRYPTED PRIVATE KEY")).unwrap();
+    let mode = |name: &str, mode| std::fs::set_permissions(folder.join(name), Permissions::from_mode(mode));
+    mode("cert.pem", 0o644).unwrap();
+    mode("key.pem", 0o640).unwrap();
     let check = |certificate: &str, key: &str| {
         let tls = format!("{{certificate: {certificate}, key: {key}}}");
         let text =
@@ -240,6 +245,9 @@ fn a_key_and_a_certificate_that_are_swapped_are_told_apart() {
     assert!(swapped.contains("is not a certificate: it holds a ec private key"), "{swapped}");
     assert!(swapped.contains("is not a private key: it holds a certificate"), "{swapped}");
     assert!(check("cert.pem", "locked.pem").unwrap_err().contains("passphrase"));
+    mode("key.pem", 0o644).unwrap();
+    let public = check("cert.pem", "key.pem").unwrap_err();
+    assert!(public.contains("key.pem` (mode 644): `chmod o-rwx ") && public.contains(".tls.key"), "{public}");
     std::fs::remove_dir_all(&folder).unwrap();
 }
 

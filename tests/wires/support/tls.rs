@@ -1,5 +1,7 @@
 //! A certificate for 127.0.0.1 that the client of the tests trusts, made once per run.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use tokio::net::TcpStream;
@@ -28,7 +30,13 @@ static IDENTITY: LazyLock<Identity> = LazyLock::new(|| {
 /// Writes `cert.pem` and `key.pem` into `folder`.
 pub fn write_pem(folder: &Path) {
     std::fs::write(folder.join("cert.pem"), &IDENTITY.certificate_pem).expect("a writable folder");
-    std::fs::write(folder.join("key.pem"), &IDENTITY.key_pem).expect("a writable folder");
+    write_secret(&folder.join("key.pem"), &IDENTITY.key_pem);
+}
+
+/// Writes a file that nobody else may read, as every file with a secret in it has to be.
+pub fn write_secret(file: &Path, text: &str) {
+    std::fs::write(file, text).expect("a writable folder");
+    std::fs::set_permissions(file, Permissions::from_mode(0o600)).expect("a file of ours");
 }
 
 /// Handshakes over `stream`, offering exactly the protocol `alpn`, and checks that it was chosen.
