@@ -76,7 +76,13 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Err(report) => invalid(&report),
         },
         Command::Check { file } => match config::load(&file, policies) {
-            Ok(config) => say(&format!("{}: ok, {}", file.display(), summary(&config))),
+            Ok(config) => match server::check(&config) {
+                Ok(()) => say(&format!("{}: ok, {}", file.display(), summary(&config))),
+                Err(e) => {
+                    complain(&format!("error: {e}\n"));
+                    ExitCode::from(EXIT_CONFIG)
+                }
+            },
             Err(report) => invalid(&report),
         },
         Command::Key { name } => match new_key() {

@@ -15,21 +15,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pingora::apps::HttpServerOptions;
-use pingora::listeners::tls::TlsSettings;
 use pingora::protocols::http::v2::server::default_h2_options;
 use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
-use pingora::tls::CryptoProvider;
-use pingora::tls::sign::{CertifiedKey, SingleCertAndKey};
 use pingora_proxy::HttpProxy;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
 use crate::clock::Clock;
 use crate::config::{self, Config};
-use crate::ingress::{self, Ingress};
+use crate::ingress::{self, Ingress, certificates};
 use crate::observe::metrics::Metrics;
 use crate::proxy::{InFlight, Proxy};
 use crate::upstream::{Member, Probes, Upstream};
@@ -68,11 +65,13 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     if !upgrade {
         check_free(config)?;
     }
+    let listeners = config.listeners.iter().map(listener).collect::<Result<_, _>>()?;
     let mut server = Server::new_with_opt_and_conf(Opt { upgrade, ..Opt::default() }, server_conf(config));
     server.bootstrap();
     let proxy = Proxy::new(config, upstreams.clone(), clock, metrics.clone());
     let in_flight = proxy.in_flight();
-    let ingress = ingress(&server.configuration, proxy, config, clock, metrics.clone())?;
+    let app = app(&server.configuration, proxy, config);
+    let ingress = Ingress::new(app, listeners, config, clock, metrics.clone());
     let mut service = Service::new("proxy".to_owned(), ingress);
     config.listeners.iter().for_each(|listener| service.add_tcp(&listener.address));
     server.add_service(service);
@@ -96,6 +95,15 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     let socket = config.server.upgrade_socket.as_ref().map(|path| path.display().to_string());
     server.run(RunArgs { shutdown_signal: Box::new(Signals { upgrade_socket: socket, in_flight }) });
     Ok(())
+}
+
+/// Finds out what only cryptography tells of `config`: a certificate that does not fit its key, say.
+///
+/// # Errors
+/// The first file that cannot be used.
+pub fn check(config: &Config) -> Result<(), StartError> {
+    let mut tls = config.listeners.iter().filter_map(|listener| listener.tls.as_ref());
+    tls.try_for_each(|tls| certificates::acceptor(tls, true).map(drop).map_err(StartError))
 }
 
 fn upstreams(
@@ -149,14 +157,8 @@ fn server_conf(config: &Config) -> ServerConf {
     conf
 }
 
-/// The proxy behind its front door, which speaks TLS; to Pingora every listener is plain TCP.
-fn ingress(
-    conf: &Arc<ServerConf>,
-    proxy: Proxy,
-    config: &Config,
-    clock: Clock,
-    metrics: Arc<Metrics>,
-) -> Result<Ingress<HttpProxy<Proxy>>, StartError> {
+/// What speaks HTTP behind the front door, which speaks TLS: to Pingora every listener is plain TCP.
+fn app(conf: &Arc<ServerConf>, proxy: Proxy, config: &Config) -> HttpProxy<Proxy> {
     let mut app = pingora_proxy::http_proxy(conf, proxy);
     let mut options = HttpServerOptions::default();
     // The front door lets nobody speak HTTP/2 who may not.
@@ -171,43 +173,22 @@ fn ingress(
     // Whoever cancels all its streams at once keeps its connection: floods are counted at the front door.
     h2.max_pending_accept_reset_streams(limits.http2_control_frames as usize);
     app.h2_options = Some(h2);
-    let listeners = config.listeners.iter().map(listener).collect::<Result<_, _>>()?;
-    Ok(Ingress::new(app, listeners, config, clock, metrics))
+    app
 }
 
 fn listener(listener: &config::Listener) -> Result<ingress::Listener, StartError> {
     let unusable = |e: &dyn std::fmt::Display| StartError(format!("listener {}: {e}", listener.address));
     // Pingora listens on the first address of a name, too.
     let address = listener.address.to_socket_addrs().map_err(|e| unusable(&e))?.next();
-    let tls = listener.tls.as_ref().map(|tls| {
-        let mut settings = TlsSettings::intermediate("", "").map_err(|e| unusable(&e))?;
-        settings.set_cert_resolver(Arc::new(SingleCertAndKey::from(certified_key(tls)?)));
-        if listener.http2 {
-            settings.enable_h2();
-        }
-        Ok(settings.build())
-    });
+    let tls = listener.tls.as_ref();
+    let acceptor = tls.map(|tls| certificates::acceptor(tls, listener.http2).map_err(|e| unusable(&e)));
     Ok(ingress::Listener {
         address: address.ok_or_else(|| unusable(&"no such address"))?,
-        tls: tls.transpose()?,
+        tls: acceptor.transpose()?,
+        mutual: tls.is_some_and(|tls| tls.client_ca.is_some()),
         http2: listener.http2,
         proxy_protocol: listener.proxy_protocol,
     })
-}
-
-/// Pingora's own loading panics in the service's task when a file is wrong, so it is done here.
-fn certified_key(tls: &config::ListenerTls) -> Result<CertifiedKey, StartError> {
-    let (certificate, key) = (tls.certificate.display().to_string(), tls.key.display().to_string());
-    let fail =
-        |e: &dyn std::fmt::Display| StartError(format!("certificate {certificate} with key {key}: {e}"));
-    pingora::tls::install_default_crypto_provider();
-    let (chain, private) = match pingora::tls::load_certs_and_key_files(&certificate, &key) {
-        Ok(Some(pair)) => pair,
-        Ok(None) => return Err(fail(&"no usable certificate or key in these files")),
-        Err(e) => return Err(fail(&e)),
-    };
-    let provider = CryptoProvider::get_default().ok_or_else(|| fail(&"no cryptography"))?;
-    CertifiedKey::from_der(chain, private, provider).map_err(|e| fail(&e))
 }
 
 /// Finds out now what Pingora would find out in a task of its own, after the start.

@@ -63,9 +63,9 @@ fn a_broken_file_is_refused_in_the_words_on_record() {
 fn every_file_in_conf_is_sound() {
     let scratch = std::env::temp_dir().join(format!("plimsoll-conf-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).expect("a scratch folder");
-    for (name, kind) in [("cert.pem", "CERTIFICATE"), ("key.pem", "PRIVATE KEY")] {
-        let pem = format!("-----BEGIN {kind}-----\nAA==\n-----END {kind}-----\n");
-        std::fs::write(scratch.join(name), pem).expect("a stand-in for a certificate");
+    let made = rcgen::generate_simple_self_signed(["llm.example.com".to_owned()]).expect("a certificate");
+    for (name, pem) in [("cert.pem", made.cert.pem()), ("key.pem", made.signing_key.serialize_pem())] {
+        std::fs::write(scratch.join(name), pem).expect("a certificate and its key");
         std::fs::set_permissions(scratch.join(name), Permissions::from_mode(0o600)).expect("a file of ours");
     }
     let files = yaml_files(&folder("conf"));

@@ -19,6 +19,10 @@ use crate::policy::{Policies, PolicyConfig};
 const LONGEST_URL: u64 = 60 << 10;
 const LARGEST_HEAD: u64 = 1000 << 10;
 
+/// What a PEM file holds, in words and as the end of a line of it.
+const CERTIFICATE: (&str, &str) = ("certificate", "-----BEGIN CERTIFICATE-----");
+const PRIVATE_KEY: (&str, &str) = ("private key", "PRIVATE KEY-----");
+
 /// Completes `config`, which `reading` gave, with `folder` as the folder of the file and `policies` as those
 /// that may be named; says what is wrong with it.
 pub(super) fn complete(
@@ -105,20 +109,27 @@ impl Check<'_> {
     fn tls_files(&mut self, listener: &mut Listener, path: &Path) {
         let Some(tls) = &mut listener.tls else { return };
         let path = path.key("tls");
-        for (key, file, what, wanted) in [
-            ("certificate", &mut tls.certificate, "certificate", "-----BEGIN CERTIFICATE-----"),
-            ("key", &mut tls.key, "private key", "PRIVATE KEY-----"),
-        ] {
-            let sound = self.pem(file, what, wanted);
-            let private = || if key == "key" { super::not_for_everybody(file) } else { Ok(()) };
-            if let Err(message) = sound.and_then(|()| private()) {
-                self.value(path.key(key), message, "");
-            }
+        self.identity(&mut tls.certificate, &mut tls.key, &path);
+        for (index, other) in tls.others.iter_mut().enumerate() {
+            let path = self.reading.item(&path.key("others"), index);
+            self.identity(&mut other.certificate, &mut other.key, &path);
+        }
+        if let Some(Err(message)) = tls.client_ca.as_mut().map(|file| self.pem(file, CERTIFICATE)) {
+            self.value(path.key("client_ca"), message, "");
         }
     }
 
-    /// Makes `file` relative to our folder and sees whether it holds what is `wanted` of it.
-    fn pem(&self, file: &mut PathBuf, what: &str, wanted: &str) -> Result<(), String> {
+    fn identity(&mut self, certificate: &mut PathBuf, key: &mut PathBuf, path: &Path) {
+        if let Err(message) = self.pem(certificate, CERTIFICATE) {
+            self.value(path.key("certificate"), message, "");
+        }
+        if let Err(message) = self.pem(key, PRIVATE_KEY).and_then(|()| super::not_for_everybody(key)) {
+            self.value(path.key("key"), message, "");
+        }
+    }
+
+    /// Makes `file` relative to our folder and sees whether it holds what is wanted of it.
+    fn pem(&self, file: &mut PathBuf, (what, wanted): (&str, &str)) -> Result<(), String> {
         *file = self.folder.join(&*file);
         let shown = file.display();
         let bytes =

@@ -122,6 +122,31 @@ pub struct ListenerTls {
     /// PEM file of its private key, without passphrase; refused if everybody on the machine may read it.
     /// Required.
     pub key: PathBuf,
+    /// Certificates for other names, each with its key. Whoever asks for a name is shown the first certificate,
+    /// of the one above and these, that is valid for it; the one above if none is. Default: none.
+    #[serde(default)]
+    pub others: Vec<Identity>,
+    /// PEM file of the certificates that sign those of clients: who shows no such certificate gets no handshake.
+    /// Absent: clients need none.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl ListenerTls {
+    /// All certificates, in the order in which they are tried for a name.
+    pub fn identities(&self) -> impl Iterator<Item = Identity> {
+        let first = Identity { certificate: self.certificate.clone(), key: self.key.clone() };
+        std::iter::once(first).chain(self.others.iter().cloned())
+    }
+}
+
+/// A certificate and its key.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// As [`ListenerTls::certificate`]. Required.
+    pub certificate: PathBuf,
+    /// As [`ListenerTls::key`]. Required.
+    pub key: PathBuf,
 }
 
 /// The listener for those who run this process, not for clients.

@@ -11,6 +11,7 @@
 //! A request whose head is refused here is answered here, and Pingora never hears of it: no byte of it can reach an
 //! engine. What needs the parsed request (routes, bodies, queues) is refused in `proxy`.
 
+pub mod certificates;
 mod chunks;
 mod clients;
 mod downstream;
@@ -59,6 +60,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Present: TLS first.
     pub tls: Option<Acceptor>,
+    /// Whether clients have to show a certificate: an operator wants to know who is turned away.
+    pub mutual: bool,
     /// Whether HTTP/2 is spoken.
     pub http2: bool,
     /// Whether each connection begins with a header of the PROXY protocol.
@@ -154,7 +157,8 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
             Some(tls) => match timeout(self.limits.tls_timeout, tls.tls_handshake(tcp)).await {
                 Ok(Ok(stream)) => Box::new(stream),
                 Ok(Err(e)) => {
-                    log::debug!("no TLS client={client} error={e}");
+                    let level = if listener.mutual { log::Level::Info } else { log::Level::Debug };
+                    log::log!(level, "no TLS client={client} error={:?}", certificates::reason(&e));
                     return self.count("tls_failed");
                 }
                 Err(_) => return self.count("tls_timeout"),

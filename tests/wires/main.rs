@@ -11,6 +11,8 @@ mod bodies;
 #[cfg(test)]
 mod captures;
 #[cfg(test)]
+mod certificates;
+#[cfg(test)]
 mod cli;
 #[cfg(test)]
 mod connections;

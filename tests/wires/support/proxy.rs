@@ -33,6 +33,17 @@ pub fn folder() -> PathBuf {
     folder
 }
 
+/// Further keys of a configuration in flow style (`proxy_protocol: true`), or nothing.
+#[derive(Clone, Copy, Default)]
+pub struct Keys<'a> {
+    /// Of each listener.
+    pub listener: &'a str,
+    /// Of the `tls` of the listener that has it.
+    pub tls: &'a str,
+    /// Of `admin`; its own `address` takes the place of ours.
+    pub admin: &'a str,
+}
+
 /// A running proxy with a plaintext, an h2c and a TLS listener and an admin listener.
 pub struct Proxy {
     child: Child,
@@ -46,21 +57,26 @@ pub struct Proxy {
 impl Proxy {
     /// Starts a proxy whose configuration is the listeners followed by `rest`, and waits until it is ready.
     pub async fn start(rest: &str) -> Self {
-        Self::start_as(&binary(), "", rest).await
+        Self::start_keyed(Keys::default(), rest).await
     }
 
     /// The same with further keys for each of its listeners (`proxy_protocol: true`).
     pub async fn start_with(listener: &str, rest: &str) -> Self {
-        Self::start_as(&binary(), listener, rest).await
+        Self::start_keyed(Keys { listener, ..Keys::default() }, rest).await
+    }
+
+    /// The same with further keys for its own sections.
+    pub async fn start_keyed(keys: Keys<'_>, rest: &str) -> Self {
+        Self::start_as(&binary(), keys, rest).await
     }
 
     /// The same, run by another binary on our library.
     pub async fn start_binary(binary: &Path, rest: &str) -> Self {
-        Self::start_as(binary, "", rest).await
+        Self::start_as(binary, Keys::default(), rest).await
     }
 
-    async fn start_as(binary: &Path, listener: &str, rest: &str) -> Self {
-        let mut proxy = Self::spawn_as(binary, listener, rest, &[]);
+    async fn start_as(binary: &Path, keys: Keys<'_>, rest: &str) -> Self {
+        let mut proxy = Self::spawn_as(binary, keys, rest, &[]);
         proxy.listens().await;
         wait_until("the proxy to be ready", async || {
             proxy.admin(&Request::get("/readyz")).await.status == 200
@@ -82,20 +98,30 @@ impl Proxy {
 
     /// Starts a proxy with further environment variables, not waiting for anything.
     pub fn spawn(rest: &str, environment: &[(&str, &str)]) -> Self {
-        Self::spawn_as(&binary(), "", rest, environment)
+        Self::spawn_keyed(Keys::default(), rest, environment)
     }
 
-    fn spawn_as(binary: &Path, listener: &str, rest: &str, environment: &[(&str, &str)]) -> Self {
+    /// The same with further keys for its own sections.
+    pub fn spawn_keyed(keys: Keys<'_>, rest: &str, environment: &[(&str, &str)]) -> Self {
+        Self::spawn_as(&binary(), keys, rest, environment)
+    }
+
+    fn spawn_as(binary: &Path, keys: Keys<'_>, rest: &str, environment: &[(&str, &str)]) -> Self {
         let folder = folder();
         tls::write_pem(&folder);
         let (plain, h2c, tls, admin) = (Port::take(), Port::take(), Port::take(), Port::take());
+        let Keys { listener, tls: of_tls, admin: of_admin } = keys;
+        let of_admin = match admin.address() {
+            _ if of_admin.contains("address:") => of_admin.to_owned(),
+            own => format!("address: {own}, {of_admin}"),
+        };
         let listeners = format!(
             "listeners:\n  - {{ address: {}, {listener} }}\n  - {{ address: {}, http2: true, {listener} }}\n  - {{ \
-             address: {}, tls: {{ certificate: cert.pem, key: key.pem }}, {listener} }}\nadmin: {{ address: {} }}\n",
+             address: {}, tls: {{ certificate: cert.pem, key: key.pem, {of_tls} }}, {listener} }}\nadmin: {{ \
+             {of_admin} }}\n",
             plain.address(),
             h2c.address(),
             tls.address(),
-            admin.address()
         );
         let file = folder.join("plimsoll.yaml");
         std::fs::write(&file, listeners + rest).expect("a writable folder");
