@@ -1,17 +1,20 @@
 //! The admin listener: metrics, liveness, readiness, and the state of every backend.
 //!
-//! It has a listener and threads of its own, so that a scrape never waits behind traffic, and is meant for
-//! loopback.
+//! It has a listener and a thread of its own, so that a scrape never waits behind traffic: on loopback, on a Unix
+//! socket, or where others can reach it, and then it asks for a token. `/livez` and `/readyz` never do: they are
+//! for kubelets and balancers, and name nothing.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use http::{Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
+use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use serde_json::{Value, json};
 
 use crate::balance::State;
+use crate::config::Secret;
 use crate::observe::metrics::Metrics;
 use crate::upstream::Upstream;
 
@@ -19,12 +22,19 @@ use crate::upstream::Upstream;
 pub struct Admin {
     upstreams: Vec<Arc<Upstream>>,
     metrics: Arc<Metrics>,
+    token: Option<Secret>,
 }
 
 impl Admin {
-    /// The admin of these upstreams.
-    pub fn new(upstreams: Vec<Arc<Upstream>>, metrics: Arc<Metrics>) -> Self {
-        Self { upstreams, metrics }
+    /// The admin of these upstreams, for whoever has this token.
+    pub fn new(upstreams: Vec<Arc<Upstream>>, metrics: Arc<Metrics>, token: Option<Secret>) -> Self {
+        Self { upstreams, metrics, token }
+    }
+
+    fn may_ask(&self, request: &RequestHeader) -> bool {
+        let Some(token) = &self.token else { return true };
+        let presented = request.headers.get(header::AUTHORIZATION).and_then(|value| bearer(value.as_bytes()));
+        presented.is_some_and(|presented| token.is(presented))
     }
 
     fn exposition(&self) -> Vec<u8> {
@@ -55,7 +65,16 @@ impl ServeHttp for Admin {
         if request.method != http::Method::GET && request.method != http::Method::HEAD {
             return answer(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"only GET\n".to_vec());
         }
-        match request.uri.path() {
+        let (path, may_ask) = (request.uri.path(), self.may_ask(request));
+        if !may_ask && !matches!(path, "/livez" | "/readyz") {
+            let mut refusal =
+                answer(StatusCode::UNAUTHORIZED, "text/plain", b"only with the token\n".to_vec());
+            refusal
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+            return refusal;
+        }
+        match path {
             "/metrics" => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
             "/livez" => answer(StatusCode::OK, "text/plain", b"ok\n".to_vec()),
             "/readyz" => {
@@ -64,7 +83,8 @@ impl ServeHttp for Admin {
                 if without.len() < self.upstreams.len() {
                     answer(StatusCode::OK, "text/plain", b"ok\n".to_vec())
                 } else {
-                    let reason = format!("no backend is up in: {}\n", without.join(", "));
+                    let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
+                    let reason = format!("no backend is up{names}\n");
                     answer(StatusCode::SERVICE_UNAVAILABLE, "text/plain", reason.into_bytes())
                 }
             }
@@ -78,6 +98,12 @@ impl ServeHttp for Admin {
             ),
         }
     }
+}
+
+/// The token of `authorization: Bearer TOKEN`.
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then(|| token.trim_ascii())
 }
 
 fn backend(state: &State) -> Value {

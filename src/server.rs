@@ -6,9 +6,11 @@
 //! ends the process when the last request has ended after a SIGTERM.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::fs::{File, Permissions};
+use std::io::{self, BufRead, BufReader};
 use std::net::{TcpListener, ToSocketAddrs};
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
 use crate::clock::Clock;
-use crate::config::{self, Config};
+use crate::config::{self, AdminAddress, Config};
 use crate::ingress::{self, Ingress, certificates};
 use crate::observe::metrics::Metrics;
 use crate::proxy::{InFlight, Proxy};
@@ -40,6 +42,9 @@ const H2_CONNECTION_WINDOW: u32 = 4 << 20;
 
 /// What the last frames of a finished HTTP/2 answer get to leave the process.
 const LAST_FRAMES: Duration = Duration::from_millis(100);
+
+/// Nobody but us and root talks to a socket of ours.
+const SOCKET_MODE: u32 = 0o600;
 
 /// Why the server could not start.
 #[derive(Debug)]
@@ -76,9 +81,15 @@ pub fn run(config: &Config, upgrade: bool) -> Result<(), StartError> {
     config.listeners.iter().for_each(|listener| service.add_tcp(&listener.address));
     server.add_service(service);
     if let Some(admin) = &config.admin {
-        let mut service = Service::new("admin".to_owned(), Admin::new(upstreams.clone(), metrics));
+        let app = Admin::new(upstreams.clone(), metrics, admin.token.clone());
+        let mut service = Service::new("admin".to_owned(), app);
         service.threads = Some(1);
-        service.add_tcp(&admin.address);
+        match &admin.address {
+            AdminAddress::Tcp(address) => service.add_tcp(address),
+            AdminAddress::Unix(socket) => {
+                service.add_uds(&socket.to_string_lossy(), Some(Permissions::from_mode(SOCKET_MODE)));
+            }
+        }
         server.add_service(service);
     }
     let background = Background {
@@ -193,11 +204,36 @@ fn listener(listener: &config::Listener) -> Result<ingress::Listener, StartError
 
 /// Finds out now what Pingora would find out in a task of its own, after the start.
 fn check_free(config: &Config) -> Result<(), StartError> {
-    let admin = config.admin.iter().map(|admin| &admin.address);
-    for address in config.listeners.iter().map(|listener| &listener.address).chain(admin) {
+    let mut tcp: Vec<&String> = config.listeners.iter().map(|listener| &listener.address).collect();
+    match config.admin.as_ref().map(|admin| &admin.address) {
+        Some(AdminAddress::Tcp(address)) => tcp.push(address),
+        Some(AdminAddress::Unix(socket)) => check_socket(socket)
+            .map_err(|e| StartError(format!("cannot listen on unix:{}: {e}", socket.display())))?,
+        None => {}
+    }
+    for address in tcp {
         TcpListener::bind(address).map_err(|e| StartError(format!("cannot listen on {address}: {e}")))?;
     }
     Ok(())
+}
+
+/// Finds out whether a socket can be made at `path`. Pingora removes what is there, whatever it is: so here it may be
+/// a socket only, and only one that a dead process has left.
+fn check_socket(path: &Path) -> io::Result<()> {
+    match path.symlink_metadata() {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file, and it is no socket"));
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            Err(e) => return Err(e),
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    UnixListener::bind(path)?;
+    std::fs::remove_file(path)
 }
 
 fn write_pid(path: &Path) -> Result<(), StartError> {
@@ -388,6 +424,25 @@ impl ShutdownSignalWatch for Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_is_replaced_only_if_nobody_listens_on_it() {
+        let folder = std::env::temp_dir().join(format!("plimsoll-socket-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("admin.sock");
+        check_socket(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(check_socket(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(listener);
+        assert!(path.exists(), "a dead process leaves its socket");
+        check_socket(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert_eq!(check_socket(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        assert!(check_socket(&folder.join("absent/admin.sock")).is_err());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn a_listening_port_is_seen_without_connecting_to_it() {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::file::{Config, Listener};
+use super::file::{Admin, AdminAddress, Config, Listener};
 use super::key::KeyHash;
 use super::report::{Flaw, nearest, suggestion};
 use super::strike::Reading;
@@ -91,9 +91,26 @@ impl Check<'_> {
                 self.value(path.key("proxy_protocol"), message, "name the balancers, such as `[10.0.0.0/8]`");
             }
         }
-        if let Some(admin) = &config.admin {
+        if let Some(admin) = &mut config.admin {
             let path = root.key("admin");
-            self.claim(&mut taken, &admin.address, path.key("address"), path.to_string());
+            if let AdminAddress::Tcp(address) = &admin.address {
+                self.claim(&mut taken, address, path.key("address"), path.to_string());
+            }
+            self.admin(admin, &path);
+        }
+    }
+
+    fn admin(&mut self, admin: &mut Admin, path: &Path) {
+        if !admin.address.is_local() && admin.token.is_none() && self.reading.is_intact(&path.key("token")) {
+            let message = "others can reach this address, and no `token` is asked for".to_owned();
+            let hint = "`127.0.0.1:9090`, `unix:/run/plimsoll/admin.sock`, or a `token`";
+            self.value(path.key("address"), message, hint);
+        }
+        if let AdminAddress::Unix(socket) = &mut admin.address {
+            *socket = self.folder.join(&*socket);
+        }
+        if let Some(Err(message)) = admin.token.as_mut().map(|token| token.read(self.folder)) {
+            self.value(path.key("token"), message, "");
         }
     }
 

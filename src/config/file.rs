@@ -5,6 +5,7 @@
 //! of the key.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use super::key::Key;
 use super::network::Network;
 use super::route::Route;
+use super::secret::Secret;
 use super::units;
 use super::upstream::Upstream;
 
@@ -153,10 +155,31 @@ pub struct Identity {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Admin {
-    /// Host and port of `/metrics`, `/livez`, `/readyz` and `/status`. Required; keep it off the public
-    /// network.
-    #[serde(deserialize_with = "units::address")]
-    pub address: String,
+    /// Where `/metrics`, `/livez`, `/readyz` and `/status` are. Required. What is not loopback needs a `token`.
+    #[serde(deserialize_with = "units::admin_address")]
+    pub address: AdminAddress,
+    /// What all of them but `/livez` and `/readyz`, which tell nothing, ask for as `authorization: Bearer`.
+    /// Absent: nothing is asked for.
+    pub token: Option<Secret>,
+}
+
+/// Where the admin listener is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminAddress {
+    /// Host and port.
+    Tcp(String),
+    /// A Unix socket of ours alone, written `unix:` and its path.
+    Unix(PathBuf),
+}
+
+impl AdminAddress {
+    /// Whether it can be reached from this machine only.
+    pub fn is_local(&self) -> bool {
+        let Self::Tcp(address) = self else { return true };
+        let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+        let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        ip.map_or_else(|_| host.eq_ignore_ascii_case("localhost"), |ip| ip.to_canonical().is_loopback())
+    }
 }
 
 /// What is told about requests.

@@ -30,7 +30,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-pub use file::{Admin, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
+pub use file::{Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
 pub use key::{Key, KeyHash};
 pub use network::Network;
 pub use report::{Problem, Report};

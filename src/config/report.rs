@@ -13,7 +13,7 @@
 use std::fmt::{self, Write as _};
 
 use super::place::{Place, lines};
-use super::tree::{KEYS, Path, SECRET_KEY, Step};
+use super::tree::{KEYS, Path, Step, names_secret};
 
 /// A problem that is not placed yet: what the checks find.
 #[derive(Clone, Debug)]
@@ -76,9 +76,8 @@ impl Problem {
             write!(f, " ({})", printable(&self.path))?;
         }
         let Some(source) = lines(text).nth(line - 1) else { return Ok(()) };
-        let may_hold_secret = self.path.contains(SECRET_KEY)
-            || self.path.split('.').next() == Some(KEYS)
-            || source.contains(SECRET_KEY);
+        let may_hold_secret =
+            names_secret(&self.path) || self.path.split('.').next() == Some(KEYS) || names_secret(source);
         if may_hold_secret || source.chars().count() > WIDEST_LINE {
             return if self.hint.is_empty() { Ok(()) } else { write!(f, "\n  {}", printable(&self.hint)) };
         }
@@ -256,12 +255,14 @@ mod tests {
     #[test]
     fn a_secret_written_where_its_source_belongs_is_not_shown() {
         for api_key in ["hunter2", "\n      hunter2", "[hunter2]", "{ env: [hunter2] }", "&x !y hunter2"] {
-            let text = format!("upstreams:\n  u:\n    api_key: {api_key}\n");
-            let policies = crate::policy::Policies::default();
-            let report = crate::config::parse("x.yaml", &text, std::path::Path::new(""), &policies);
-            let shown = report.unwrap_err().to_string();
-            assert!(!shown.contains("hunter2"), "{shown}");
-            assert!(shown.contains(":3:") || shown.contains(":4:"), "{shown}");
+            for key in ["upstreams:\n  u:\n    api_key", "admin:\n  address: localhost:1\n  token"] {
+                let text = format!("{key}: {api_key}\n");
+                let policies = crate::policy::Policies::default();
+                let report = crate::config::parse("x.yaml", &text, std::path::Path::new(""), &policies);
+                let shown = report.unwrap_err().to_string();
+                assert!(!shown.contains("hunter2"), "{shown}");
+                assert!(shown.contains(":3:") || shown.contains(":4:"), "{shown}");
+            }
         }
     }
 

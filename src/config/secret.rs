@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
+use subtle::{Choice, ConstantTimeEq as _};
 
 /// A secret and where it came from. Its `Debug` shows the latter only.
 #[derive(Clone, PartialEq, Eq)]
@@ -41,6 +42,14 @@ impl Secret {
             (Some(_), Some(_)) => return Some(Err(BothGiven)),
         };
         Some(Ok(Self { source, value: String::new() }))
+    }
+
+    /// Whether `presented` is the secret, in a time that depends on the length of `presented` alone.
+    pub fn is(&self, presented: &[u8]) -> bool {
+        let ours = self.value.as_bytes();
+        let pairs = presented.iter().zip(ours.iter().cycle());
+        let alike = pairs.fold(Choice::from(1), |alike, (theirs, ours)| alike & theirs.ct_eq(ours));
+        (alike & presented.len().ct_eq(&ours.len())).into()
     }
 
     /// Reads the secret from its source; a relative path is below `folder`. The error is a lowercase fragment
@@ -112,6 +121,15 @@ mod tests {
         let secret = Secret { source: Source::Env("KEY".to_owned()), value: "hunter2".to_owned() };
         assert!(!format!("{secret:?} {secret}").contains("hunter2"));
         assert_eq!(secret.expose(), "hunter2");
+    }
+
+    #[test]
+    fn only_the_secret_is_the_secret() {
+        let secret = Secret { source: Source::Env("KEY".to_owned()), value: "hunter2".to_owned() };
+        assert!(secret.is(b"hunter2"));
+        for other in ["", "h", "hunter", "hunter3", "Hunter2", "hunter2h", "hunter2hunter2", "2retnuh"] {
+            assert!(!secret.is(other.as_bytes()), "{other}");
+        }
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl Path {
                 [_name, .., last] => ["env", "file", "sha256"].iter().any(|place| is(last, place)),
                 _ => true,
             };
-        of_a_key || self.0.iter().any(|step| is(step, SECRET_KEY))
+        of_a_key || self.0.iter().any(|step| matches!(step, Step::Key(key) if names_secret(key)))
     }
 
     fn step(&self, step: Step) -> Self {
@@ -73,8 +73,12 @@ impl Path {
     }
 }
 
-/// The key under which a secret is named; what stands there, or in such a line, is not shown.
-pub(super) const SECRET_KEY: &str = "api_key";
+/// Whether a key of `text`, a path or a line of the file, is one under which a secret is named. What stands there is
+/// not shown, even if it is no name but the secret itself.
+pub(super) fn names_secret(text: &str) -> bool {
+    let mut words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.any(|word| word.contains("api_key") || word == "token")
+}
 
 /// The section of the clients' keys.
 pub(super) const KEYS: &str = "keys";

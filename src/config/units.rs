@@ -21,6 +21,7 @@ use serde::de::{
     Visitor,
 };
 
+use super::file::AdminAddress;
 use crate::policy::{Custom, PolicyConfig};
 
 /// A duration such as `30s`.
@@ -36,6 +37,11 @@ pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
 /// `host:port`, kept as it is written.
 pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     deserializer.deserialize_any(Address)
+}
+
+/// `host:port`, or `unix:` and the path of a socket.
+pub(super) fn admin_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AdminAddress, D::Error> {
+    deserializer.deserialize_any(AddressOrSocket)
 }
 
 /// The path of a URL, which begins with `/`.
@@ -205,6 +211,25 @@ impl Visitor<'_> for Address {
     fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
         check_address(text)?;
         Ok(text.to_owned())
+    }
+}
+
+struct AddressOrSocket;
+
+impl Visitor<'_> for AddressOrSocket {
+    type Value = AdminAddress;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an address such as `127.0.0.1:9090` or `unix:/run/plimsoll/admin.sock`")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<AdminAddress, E> {
+        match text.strip_prefix("unix:") {
+            Some("") => Err(E::invalid_value(Unexpected::Str(text), &self)),
+            Some(path) => Ok(AdminAddress::Unix(path.into())),
+            None if text.starts_with('/') => Err(E::invalid_value(Unexpected::Str(text), &self)),
+            None => Address.visit_str(text).map(AdminAddress::Tcp),
+        }
     }
 }
 

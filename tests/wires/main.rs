@@ -7,6 +7,8 @@ pub mod support;
 #[cfg(test)]
 mod access;
 #[cfg(test)]
+mod admin;
+#[cfg(test)]
 mod bodies;
 #[cfg(test)]
 mod captures;
