@@ -68,8 +68,7 @@ pub fn main() -> ExitCode {
 pub fn main_with(policies: &Policies) -> ExitCode {
     let command = Cli::command().mut_subcommand("simulate", |c| simulate::with_policies(c, policies));
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
-    let quiet = "info,pingora=warn,pingora_core=warn,pingora_proxy=error,pingora_load_balancing=error";
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(quiet)).init();
+    start_log();
     match cli.command {
         Command::Run { config, upgrade } => match config::load(&config, policies) {
             Ok(config) => exit(server::run(&config, upgrade)),
@@ -111,6 +110,26 @@ fn new_key() -> Result<String, &'static str> {
     Ok(bits.iter().fold("sk-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
 }
 
+/// Logs what `RUST_LOG` asks for, less what may hold credentials.
+fn start_log() {
+    let quiet = "info,pingora=warn,pingora_core=warn,pingora_proxy=error,pingora_load_balancing=error";
+    let asked = std::env::var("RUST_LOG").ok().filter(|asked| !asked.is_empty());
+    let filter = discreet(asked.as_deref().unwrap_or(quiet));
+    env_logger::Builder::from_default_env().parse_filters(&filter).init();
+}
+
+/// The filter `asked`, without what others write of requests, credentials included, unless it is asked for by name:
+/// Pingora and h2 write heads at debug and trace, and Pingora's part below `admin` what it cannot read, as an error.
+fn discreet(asked: &str) -> String {
+    let directives = asked.split('/').next().unwrap_or_default().split(',');
+    let everything =
+        directives.filter_map(|directive| directive.trim().parse::<log::LevelFilter>().ok()).next_back();
+    let verbose = everything.is_some_and(|level| level > log::LevelFilter::Info);
+    // Of two directives for one name the last one counts.
+    let capped = if verbose { "pingora=info,h2=info," } else { "" };
+    format!("pingora_core::apps::http_app=off,{capped}{asked}")
+}
+
 fn summary(config: &config::Config) -> String {
     let backends: usize = config.upstreams.values().map(|u| u.backends.len()).sum();
     let count = |n: usize, noun: &str| format!("{n} {noun}{}", if n == 1 { "" } else { "s" });
@@ -149,4 +168,35 @@ fn say(text: &str) -> ExitCode {
 #[expect(clippy::print_stderr, reason = "the answer of a command")]
 fn complain(text: &str) {
     eprint!("{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_names_pingora_gets_what_it_writes_at_debug() {
+        let logs = |asked: &str, target: &str| {
+            let mut log = env_logger::Builder::new();
+            log.parse_filters(asked).parse_filters(&discreet(asked));
+            let debug = log::Metadata::builder().level(log::Level::Debug).target(target).build();
+            let info = log::Metadata::builder().level(log::Level::Info).target(target).build();
+            let log = log.build();
+            [log::Log::enabled(&log, &info), log::Log::enabled(&log, &debug)]
+        };
+        for all in ["debug", "trace", "info,debug", "plimsoll=info, DEBUG", "debug/x"] {
+            assert_eq!(logs(all, "pingora_proxy"), [true, false], "{all}");
+            assert_eq!(logs(all, "pingora_core::protocols"), [true, false], "{all}");
+            assert_eq!(logs(all, "h2::codec"), [true, false], "{all}");
+        }
+        assert_eq!(logs("debug", "plimsoll::proxy"), [true, true]);
+        assert_eq!(logs("debug,pingora_proxy=debug", "pingora_proxy"), [true, true]);
+        assert_eq!(logs("debug,pingora_proxy=debug", "pingora_core"), [true, false]);
+        assert_eq!(logs("pingora=debug,debug", "pingora_core"), [true, true]);
+        assert_eq!(logs("warn,plimsoll=debug", "pingora_proxy"), [false, false]);
+        assert_eq!(logs("off", "pingora_proxy"), [false, false]);
+        let below_admin = "pingora_core::apps::http_app";
+        assert_eq!(logs("trace,pingora=trace", below_admin), [false, false]);
+        assert_eq!(logs(&format!("{below_admin}=debug"), below_admin), [true, true]);
+    }
 }

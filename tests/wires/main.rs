@@ -19,6 +19,8 @@ mod cli;
 #[cfg(test)]
 mod connections;
 #[cfg(test)]
+mod credentials;
+#[cfg(test)]
 mod failures;
 #[cfg(test)]
 mod forwarding;

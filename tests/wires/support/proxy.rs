@@ -157,6 +157,11 @@ impl Proxy {
         self.client(Line::Http1).await.ask(request).await
     }
 
+    /// Where its admin listener is.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin.address()
+    }
+
     /// The answer of the admin listener.
     pub async fn admin(&self, request: &Request) -> Answer {
         Client::connect(self.admin.address(), Line::Http1).await.ask(request).await
