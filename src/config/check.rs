@@ -19,6 +19,9 @@ use crate::policy::{Policies, PolicyConfig};
 const LONGEST_URL: u64 = 60 << 10;
 const LARGEST_HEAD: u64 = 1000 << 10;
 
+/// How long the path of a Unix socket may be, with room for the zero at its end (`sun_path`).
+const LONGEST_SOCKET: usize = 107;
+
 /// What a PEM file holds, in words and as the end of a line of it.
 const CERTIFICATE: (&str, &str) = ("certificate", "-----BEGIN CERTIFICATE-----");
 const PRIVATE_KEY: (&str, &str) = ("private key", "PRIVATE KEY-----");
@@ -108,6 +111,10 @@ impl Check<'_> {
         }
         if let AdminAddress::Unix(socket) = &mut admin.address {
             *socket = self.folder.join(&*socket);
+            if socket.as_os_str().len() > LONGEST_SOCKET {
+                let message = format!("`{}` is too long for a socket", socket.display());
+                self.value(path.key("address"), message, format!("at most {LONGEST_SOCKET} bytes"));
+            }
         }
         if let Some(Err(message)) = admin.token.as_mut().map(|token| token.read(self.folder)) {
             self.value(path.key("token"), message, "");

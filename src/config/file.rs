@@ -158,8 +158,8 @@ pub struct Admin {
     /// Where `/metrics`, `/livez`, `/readyz` and `/status` are. Required. What is not loopback needs a `token`.
     #[serde(deserialize_with = "units::admin_address")]
     pub address: AdminAddress,
-    /// What all of them but `/livez` and `/readyz`, which tell nothing, ask for as `authorization: Bearer`.
-    /// Absent: nothing is asked for.
+    /// What all of them but `/livez` and `/readyz`, which tell nothing, ask for as `authorization: Bearer`. It
+    /// travels in the clear: on a network that you trust. Absent: nothing is asked for.
     pub token: Option<Secret>,
 }
 

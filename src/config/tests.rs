@@ -176,6 +176,20 @@ fn paths_are_below_the_folder_of_the_file() {
 }
 
 #[test]
+fn the_path_of_a_socket_is_below_the_folder_too_and_not_too_long() {
+    let address = |path: &str| {
+        let text = format!("{MINIMAL}admin: {{address: 'unix:{path}'}}");
+        built_in(&text, FsPath::new("/etc/plimsoll")).map(|config| config.admin.unwrap().address)
+    };
+    assert_eq!(address("a.sock").unwrap(), AdminAddress::Unix("/etc/plimsoll/a.sock".into()));
+    assert_eq!(address("/run/a.sock").unwrap(), AdminAddress::Unix("/run/a.sock".into()));
+    let longest = "a".repeat(107 - "/etc/plimsoll/".len());
+    assert!(address(&longest).is_ok());
+    let said = address(&format!("{longest}a")).unwrap_err().to_string();
+    assert!(said.contains("too long for a socket") && said.contains("at most 107 bytes"), "{said}");
+}
+
+#[test]
 fn off_switches_probes_and_polls_off_and_an_empty_section_does_not() {
     let upstream = |text: &str| read(&format!("{MINIMAL}    {text}\n")).upstreams["llama"].clone();
     assert_eq!(upstream("probe: off").probe_path(), None);
