@@ -2,8 +2,10 @@
 //!
 //! A POST to an engine costs GPU seconds, and a client that has seen the first byte cannot be given another
 //! answer. So a request is re-sent only while nothing has gone downstream, only for causes the route names,
-//! at most [`Rule::tries`] times and not after [`Rule::within`]. An attempt that never reached an engine
-//! (connection refused, a pooled connection that was already dead) cost nothing and does not count as a try.
+//! at most [`Rule::tries`] times and not after [`Rule::within`]. An attempt that found no connection cost nothing and
+//! does not count as a try. One whose pooled connection was dead is always followed by another, on a new connection;
+//! but it counts, since the engine may have read the request before it closed: a prompt that crashes engines must not
+//! visit them all.
 //!
 //! Sources: DESIGN.md s.6; research/reliability.md s.1.4 and s.2; research/engines.md s.3 (surprises 3, 5, 7,
 //! 12).
@@ -18,7 +20,7 @@ use serde::Deserialize;
 pub enum Failure {
     /// No connection could be made; nothing was sent.
     Connect,
-    /// A pooled connection was closed by the engine before it answered: the race of keep-alive, not a fault.
+    /// A pooled connection was closed by the engine before it answered: the race of keep-alive, no fault.
     StaleConnection,
     /// The connection broke before the first byte of an answer.
     Closed,
@@ -165,7 +167,7 @@ pub fn retry(rule: &Rule, failure: Failure, progress: Progress, budget: &mut Bud
         return false;
     }
     match failure.cause() {
-        None => failure == Failure::StaleConnection,
+        None => failure == Failure::StaleConnection && progress.tries <= 1,
         Some(cause) if !rule.on.contains(&cause) => false,
         Some(Cause::Connect) => true,
         Some(_) => progress.tries < rule.tries && budget.withdraw(),
@@ -260,10 +262,12 @@ mod tests {
     }
 
     #[test]
-    fn an_attempt_that_reached_no_engine_is_free() {
+    fn an_attempt_that_found_no_connection_is_free_and_one_that_found_it_dead_has_one_more() {
         let late = Progress { tries: 2, ..first() };
         assert!(decide(Failure::Connect, late));
-        assert!(decide(Failure::StaleConnection, late));
+        let single = Rule { tries: 1, on: BTreeSet::new(), ..rule() };
+        assert!(retry(&single, Failure::StaleConnection, first(), &mut Budget::default()));
+        assert!(!decide(Failure::StaleConnection, late), "an engine has had it");
     }
 
     #[test]

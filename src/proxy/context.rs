@@ -104,7 +104,7 @@ pub struct Context {
     pub(super) attempt: Option<Attempt>,
     /// Attempts so far.
     pub(super) attempts: u32,
-    /// Of those, attempts that may have reached an engine.
+    /// Of those, attempts that may have reached an engine: all that had a connection.
     pub(super) tries: u32,
     /// Backends not to be tried again.
     pub(super) tried: Vec<Slot>,
@@ -121,8 +121,6 @@ pub struct Context {
     pub(super) local: bool,
     /// A byte of an answer has gone downstream.
     pub(super) committed: bool,
-    /// The next attempt must not use a pooled connection.
-    pub(super) fresh_connection: bool,
     pub(super) ttft: Option<std::time::Duration>,
 }
 
@@ -131,7 +129,7 @@ pub(super) struct Attempt {
     pub(super) charge: Charge,
     pub(super) live: Arc<Live>,
     pub(super) started: Time,
-    /// Close the connection after this request: it has had its share.
+    /// Close the connection after this request: it has had its share, or is kept for nobody.
     pub(super) close_after: bool,
     /// The engine's header has come.
     pub(super) header_seen: bool,
@@ -190,7 +188,6 @@ impl Context {
             refused: None,
             local: false,
             committed: false,
-            fresh_connection: false,
             ttft: None,
         }
     }

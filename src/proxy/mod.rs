@@ -177,11 +177,13 @@ impl ProxyHttp for Proxy {
             return Error::e_explain(ErrorType::ConnectNoRoute, "no other backend is left")
                 .map_err(|e: BError| e.into_up());
         };
-        let peer = peer::peer(&upstream.config, &live, std::mem::take(&mut ctx.fresh_connection));
+        // A second attempt must not find its connection dead: nobody could tell whether an engine has had it.
+        let fresh = ctx.attempts > 0 || upstream.config.keepalive.connections == 0;
+        let peer = peer::peer(&upstream.config, &live, fresh);
         live.metrics.attempts.inc();
         ctx.attempts += 1;
         ctx.tries += 1;
-        ctx.attempt = Some(Attempt::new(charge, live, self.clock.now()));
+        ctx.attempt = Some(Attempt { close_after: fresh, ..Attempt::new(charge, live, self.clock.now()) });
         Ok(Box::new(peer))
     }
 
@@ -198,7 +200,7 @@ impl ProxyHttp for Proxy {
         let Some(most) = upstream.config.keepalive.requests else { return Ok(()) };
         let timing = digest.and_then(|d| d.timing_digest.first()).and_then(Option::as_ref);
         if let Some(timing) = timing {
-            attempt.close_after = self.uses.count(fd, timing.established_ts) >= most;
+            attempt.close_after |= self.uses.count(fd, timing.established_ts) >= most;
         }
         Ok(())
     }
@@ -399,9 +401,6 @@ impl ProxyHttp for Proxy {
             (None, None) => false,
             (None, Some(failure)) => {
                 ctx.detail = Some(e.to_string());
-                if failure == Failure::StaleConnection {
-                    ctx.tries = ctx.tries.saturating_sub(1);
-                }
                 self.judge(ctx, failure, None)
             }
         };

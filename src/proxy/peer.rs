@@ -19,12 +19,13 @@ const TCP_KEEPALIVE: TcpKeepalive = TcpKeepalive {
     user_timeout: Duration::from_secs(30),
 };
 
-/// The peer for a backend; `fresh` if no pooled connection may be used.
+/// The peer for a backend; `fresh` if no pooled connection may be used. Whoever asks for that must close it
+/// afterwards.
 pub(super) fn peer(config: &config::Upstream, live: &Live, fresh: bool) -> HttpPeer {
     let tls = config.tls.is_some();
     let mut peer =
         HttpPeer::new(live.address, tls, if tls { live.server_name.clone() } else { String::new() });
-    // A group of its own, into which nothing is ever put back.
+    // A group of its own, into which nothing is ever put back: an idle time of zero would be too late for that.
     peer.group_key = u64::from(fresh);
     let options = &mut peer.options;
     options.connection_timeout = Some(config.timeouts.connect);
@@ -33,9 +34,7 @@ pub(super) fn peer(config: &config::Upstream, live: &Live, fresh: bool) -> HttpP
     options.read_timeout = Some(config.timeouts.read);
     options.write_timeout = Some(config.timeouts.send);
     options.tcp_keepalive = Some(TCP_KEEPALIVE);
-    // Zero keeps no connection.
-    let keep = config.keepalive.connections > 0 && !fresh;
-    options.idle_timeout = Some(if keep { config.keepalive.idle_timeout } else { Duration::ZERO });
+    options.idle_timeout = Some(config.keepalive.idle_timeout);
     peer
 }
 

@@ -46,8 +46,7 @@ impl Proxy {
             upstream.retried(failure);
         }
         if retry && again {
-            // On a new connection, and with the charge it has, lest its place go to another request.
-            ctx.fresh_connection = true;
+            // With the charge it has, lest its place go to another request.
             ctx.admitted = ctx.attempt.take().map(|attempt| attempt.charge);
         }
         ctx.retry = Some(retry);

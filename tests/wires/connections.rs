@@ -60,12 +60,12 @@ async fn a_reused_connection_that_dies_under_a_request_is_invisible_even_with_on
     }
 }
 
-/// Answers the first request of each connection; any further one is worked on until the gate opens, and then
-/// the process is gone.
+/// Answers the first request of each connection; any further one, and any that is to die, is worked on until
+/// the gate opens, and then the process is gone.
 fn dies_at_its_second_request(gate: &Gate) -> impl Fn(&Seen) -> Answer + Clone + Send + Sync + 'static {
     let gate = gate.clone();
-    move |seen| match seen.nth {
-        0 => Answer::json(200, "{}"),
+    move |seen| match (seen.nth, seen.head.header("x-dies")) {
+        (0, None) => Answer::json(200, "{}"),
         _ => Answer::nothing().held_at(&gate),
     }
 }
@@ -103,7 +103,8 @@ async fn a_request_whose_engines_die_long_into_it_moves_once_and_no_further() {
     // Idle connections are kept for as long as this test may take.
     let proxy = before(&engines, "policy: round_robin, max_fails: 0, keepalive: { idle_timeout: 60s }").await;
     warm(&proxy, &engines).await;
-    let mut client = sent(&proxy, Line::Http1).await;
+    let mut client = proxy.client(Line::Http1).await;
+    client.send(&chat().with("x-dies", "1")).await;
     for death in 1..=2 {
         gate.reached(death).await;
         tokio::time::sleep(WORKED_ON).await;
@@ -111,9 +112,10 @@ async fn a_request_whose_engines_die_long_into_it_moves_once_and_no_further() {
     }
     assert_error(&reply(&mut client).await, 502, "upstream_closed");
     assert_eq!(total(&engines), 2);
-    for engine in &engines {
-        assert!(engine.count() <= 1 && engine.seen().iter().all(|seen| seen.nth == 1), "{:?}", engine.seen());
-    }
+    assert!(engines.iter().all(|engine| engine.count() <= 1), "{:?}", counts(&engines));
+    let mut nth: Vec<u64> = engines.iter().flat_map(Engine::seen).map(|seen| seen.nth).collect();
+    nth.sort_unstable();
+    assert_eq!(nth, [0, 1], "the first on a connection that was there, the second on a new one");
     proxy.counts("plimsoll_retries_total", &[("reason", "closed")], 1.0).await;
     proxy.counts("plimsoll_retries_total", &[], 1.0).await;
     proxy.assert_at_rest().await;
