@@ -63,7 +63,7 @@ impl Proxy {
             bytes_in: ctx.body_bytes,
             bytes_out: session.body_bytes_sent(),
             tokens: usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
-            error: ctx.refused.or_else(|| ctx.last_failure.map(Failure::name)),
+            error: error(outcome, ctx),
             detail: ctx.detail.as_deref(),
         }
         .write();
@@ -87,6 +87,12 @@ fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
     key.metrics.completion_tokens.inc_by(completion);
     let spent = i64::try_from(prompt.saturating_add(completion)).unwrap_or(i64::MAX);
     key.spend(spent.saturating_sub_unsigned(ctx.prompt_tokens));
+}
+
+/// Why we refused, or the last failure; an error late in a stream is one that nobody could act on.
+fn error(outcome: Outcome, ctx: &Context) -> Option<&'static str> {
+    let late = (outcome == Outcome::EngineError).then_some(Failure::StreamError(None));
+    ctx.refused.or_else(|| ctx.last_failure.or(late).map(Failure::name))
 }
 
 fn outcome(e: Option<&Error>, ctx: &Context) -> Outcome {
