@@ -5,11 +5,9 @@
 //! and an ejected backend is better than an error.
 
 use crate::support::client::{Framing, Line, Request};
-use crate::support::engine::{Answer, Engine, Gate, Seen, delta};
+use crate::support::engine::{Answer, Engine, Gate, Seen};
 use crate::support::proxy::Proxy;
-use crate::support::stage::{
-    BOTH, alike, assert_error, before, chat, counts, one_then_another, retry_after, total,
-};
+use crate::support::stage::{BOTH, alike, assert_error, before, chat, counts, retry_after, total};
 use crate::support::{one_upstream, wait_until};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -57,75 +55,6 @@ async fn an_ejected_backend_is_spared_and_comes_back_after_its_time() {
         }
         proxy.assert_at_rest().await;
     }
-}
-
-#[tokio::test]
-async fn a_503_goes_to_another_backend_and_ejects_nobody() {
-    let engines = [Engine::start(|_| Answer::json(503, r#"{"error":{"message":"busy"}}"#)), Engine::good()];
-    let proxy = before(&engines, "policy: round_robin, max_fails: 1, fail_timeout: 60s").await;
-    for line in BOTH {
-        for _ in 0..6 {
-            assert_eq!(proxy.client(line).await.ask(&chat()).await.status, 200);
-        }
-    }
-    assert_eq!(engines[1].count(), 12);
-    assert!(engines[0].count() >= 1);
-    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
-    let retries = proxy.metrics().await.sum("plimsoll_retries_total", &[("reason", "status_503")]);
-    assert_eq!(retries, f64::from(u32::try_from(engines[0].count()).unwrap()));
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_429_passes_through_with_its_retry_after_and_ejects_nobody() {
-    let body = r#"{"error":{"message":"slow down"}}"#;
-    let engines = alike(move |_| Answer::json_with(429, "retry-after: 7\r\n", body));
-    let proxy = before(&engines, "max_fails: 1, fail_timeout: 60s").await;
-    for (line, count) in BOTH.into_iter().zip(1..) {
-        let reply = proxy.client(line).await.ask(&chat()).await;
-        assert_eq!((reply.status, reply.text().as_str()), (429, body));
-        assert_eq!(reply.header("retry-after"), Some("7"));
-        assert_eq!(total(&engines), count);
-    }
-    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_500_is_retried_only_where_the_upstream_says_so() {
-    let broken = || Answer::json(500, r#"{"error":{"message":"broken"}}"#);
-    let engines = one_then_another(broken);
-    let proxy = before(&engines, "").await;
-    let reply = proxy.ask(&chat()).await;
-    assert_eq!((reply.status, total(&engines)), (500, 1));
-    assert_eq!(reply.value()["error"]["message"], "broken");
-    proxy.counts("plimsoll_requests_total", &[("outcome", "engine_error")], 1.0).await;
-
-    let engines = one_then_another(broken);
-    let proxy = before(&engines, "retry: { on: [connect, closed, status_500] }").await;
-    assert_eq!(proxy.ask(&chat()).await.status, 200);
-    assert_eq!(counts(&engines), [1, 1]);
-    proxy.counts("plimsoll_retries_total", &[("reason", "status_500")], 1.0).await;
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_501_passes_through_and_is_not_held_against_the_backend() {
-    let body = r#"{"error":{"message":"not implemented"}}"#;
-    let engines = [Engine::start(move |_| Answer::json(501, body)), Engine::good()];
-    let proxy = before(&engines, "policy: round_robin, max_fails: 1, fail_timeout: 60s").await;
-    let mut passed = 0;
-    for number in 0..12 {
-        let reply = proxy.client(BOTH[number % 2]).await.ask(&chat()).await;
-        if reply.status == 501 {
-            assert_eq!(reply.text(), body);
-            passed += 1;
-        }
-    }
-    assert_eq!((passed, counts(&engines)), (6, vec![6, 6]));
-    assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
-    assert_eq!(proxy.metrics().await.sum("plimsoll_retries_total", &[]), 0.0);
-    proxy.assert_at_rest().await;
 }
 
 #[tokio::test]
@@ -197,17 +126,6 @@ async fn when_every_backend_is_dead_the_client_gets_a_json_error() {
 }
 
 #[tokio::test]
-async fn when_every_backend_hangs_up_the_client_gets_a_json_error() {
-    let engines = alike(|_| Answer::nothing());
-    let proxy = before(&engines, "max_fails: 0").await;
-    for line in BOTH {
-        assert_error(&proxy.client(line).await.ask(&chat()).await, 502, "upstream_closed");
-    }
-    assert_eq!(total(&engines), 4);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
 async fn ejected_backends_are_tried_before_an_error() {
     let ill = Arc::new(AtomicBool::new(true));
     let state = ill.clone();
@@ -227,22 +145,6 @@ async fn ejected_backends_are_tried_before_an_error() {
         assert_eq!(reply.status, 200, "{}", reply.text());
     }
     assert_eq!(engines[0].count(), 3 + 8);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_rolling_restart_loses_no_request() {
-    let engines: [Engine; 3] = std::array::from_fn(|_| Engine::good());
-    let proxy = before(&engines, "").await;
-    let mut client = proxy.client(Line::Http1).await;
-    for engine in &engines {
-        engine.kill().await;
-        for _ in 0..8 {
-            assert_eq!(client.ask(&chat()).await.status, 200);
-        }
-        engine.revive();
-        assert_eq!(client.ask(&chat()).await.status, 200);
-    }
     proxy.assert_at_rest().await;
 }
 
@@ -286,24 +188,6 @@ async fn a_body_that_does_not_come_is_a_408() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind() {
-    let engine = Engine::good();
-    let proxy = before(std::slice::from_ref(&engine), "").await;
-    for line in BOTH {
-        let mut client = proxy.client(line).await;
-        let request = Request::post("/v1/chat/completions", vec![b'x'; 200_000]).missing_bytes(100_000);
-        client.send(&request).await;
-        wait_until("the body to be held", async || {
-            proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]) > 0.0
-        })
-        .await;
-        drop(client);
-        proxy.assert_at_rest().await;
-    }
-    assert_eq!(engine.count(), 0);
-}
-
-#[tokio::test]
 async fn bodies_beyond_the_memory_for_them_are_a_503_with_retry_after() {
     let gate = Gate::new();
     let scripted = gate.clone();
@@ -330,78 +214,6 @@ async fn bodies_beyond_the_memory_for_them_are_a_503_with_retry_after() {
     proxy.assert_at_rest().await;
     gate.open();
     assert_eq!(proxy.ask(&large).await.status, 200);
-}
-
-#[tokio::test]
-async fn a_silent_engine_is_a_504_and_is_not_asked_twice_by_default() {
-    let engines = alike(|_| Answer::silence());
-    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
-    for (line, count) in BOTH.into_iter().zip(1..) {
-        assert_error(&proxy.client(line).await.ask(&chat()).await, 504, "upstream_timeout");
-        assert_eq!(total(&engines), count);
-    }
-    proxy.assert_at_rest().await;
-
-    let engines = one_then_another(Answer::silence);
-    let proxy =
-        before(&engines, "timeouts: { read: 300ms }, retry: { on: [connect, closed, timeout] }").await;
-    assert_eq!(proxy.ask(&chat()).await.status, 200);
-    assert_eq!(counts(&engines), [1, 1]);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_header_without_a_first_event_is_a_timeout_too() {
-    let engines = alike(|_| Answer::stream().wait(&Gate::new()));
-    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
-    let reply = proxy.ask(&Request::streamed("tiny", "hello")).await;
-    assert_error(&reply, 504, "upstream_timeout");
-    assert_eq!(total(&engines), 1);
-    engines[usize::from(engines[0].count() == 0)].abandoned(1).await;
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_stream_that_falls_silent_is_ended_with_an_error_event() {
-    let engines = alike(|_| Answer::stream().event(&delta("a")).wait(&Gate::new()));
-    let proxy = before(&engines, "timeouts: { read: 300ms }").await;
-    for (line, count) in BOTH.into_iter().zip(1..) {
-        let reply = proxy.client(line).await.ask(&Request::streamed("tiny", "hello")).await;
-        assert_eq!((reply.status, reply.complete), (200, true));
-        let events = reply.events();
-        assert_eq!(events[0], delta("a"));
-        assert!(events.len() == 2 && events[1].contains("\"stream_cut\""), "{events:?}");
-        assert_eq!(total(&engines), count);
-    }
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn an_answer_cut_before_its_first_byte_goes_to_another_backend() {
-    let deaths: [fn() -> Answer; 3] = [
-        Answer::nothing,
-        || Answer::default().reset(),
-        || Answer::default().write("HTTP/1.1 200 OK\r\nx-a").close(),
-    ];
-    for death in deaths {
-        for line in BOTH {
-            let engines = one_then_another(death);
-            let proxy = before(&engines, "").await;
-            let reply = proxy.client(line).await.ask(&chat()).await;
-            assert_eq!((reply.status, counts(&engines)), (200, vec![1, 1]), "{}", reply.text());
-            proxy.counts("plimsoll_retries_total", &[("reason", "closed")], 1.0).await;
-            proxy.assert_at_rest().await;
-        }
-    }
-}
-
-#[tokio::test]
-async fn nonsense_instead_of_http_is_no_answer() {
-    let engines = alike(|_| Answer::default().write("SSH-2.0-OpenSSH_9.2\r\n\r\n").close());
-    let proxy = before(&engines, "").await;
-    let reply = proxy.ask(&chat()).await;
-    assert_eq!((reply.status, reply.code().as_str()), (502, "upstream_closed"));
-    proxy.assert_at_rest().await;
 }
 
 #[tokio::test]

@@ -37,6 +37,8 @@ mod hygiene;
 #[cfg(test)]
 mod limits;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod own_policy;
 #[cfg(test)]
 mod polls;

@@ -4,7 +4,6 @@ use crate::support::client::{Answer as Reply, Client, Head, Line};
 use crate::support::engine::{Answer, Engine, Gate, Seen};
 use crate::support::proxy::Proxy;
 use crate::support::stage::{BOTH, answered, assert_error, before, chat, counts, retry_after, sent};
-use crate::support::wait_until;
 
 /// Waits until that many requests are in the queue.
 async fn queued(proxy: &Proxy, count: f64) {
@@ -58,31 +57,6 @@ async fn a_request_that_waits_too_long_in_the_queue_is_a_503() {
     }
     gate.open();
     assert_eq!((answered(first).await, engine.count()), (200, 1));
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_the_queue_is_never_sent_on() {
-    let (proxy, engine, gate) = one_at_a_time("{ length: 1, timeout: 30s }").await;
-    let first = sent(&proxy, Line::Http1).await;
-    gate.reached(1).await;
-    // A request in the queue holds its body: that is how the test knows that it has come and that it has
-    // gone.
-    let held = async || proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]);
-    let alone = held().await;
-    for line in BOTH {
-        let queued = sent(&proxy, line).await;
-        wait_until("a request in the queue", async || held().await > alone).await;
-        drop(queued);
-        wait_until("the place in the queue to be free", async || held().await == alone).await;
-    }
-    let third = sent(&proxy, Line::Http1).await;
-    gate.open();
-    assert_eq!(answered(first).await, 200);
-    gate.reached(2).await;
-    gate.open();
-    assert_eq!(answered(third).await, 200);
-    assert_eq!(engine.count(), 2, "a request whose client had left reached the engine");
     proxy.assert_at_rest().await;
 }
 

@@ -28,18 +28,6 @@ async fn first_event(client: &mut Client) -> String {
     String::from_utf8_lossy(&piece).into_owned()
 }
 
-/// Two engines of which the first to be asked does `first` and the other streams `hello`.
-fn one_then_another(first: impl Fn() -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
-    let asked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    [(); 2].map(|()| {
-        let (asked, first) = (asked.clone(), first.clone());
-        Engine::start(move |_| match asked.swap(true, std::sync::atomic::Ordering::SeqCst) {
-            false => first(),
-            true => Answer::stream_of(&[&delta("hello")]),
-        })
-    })
-}
-
 fn seen(engines: &[Engine]) -> Vec<usize> {
     engines.iter().map(Engine::count).collect()
 }
@@ -146,52 +134,6 @@ async fn a_stream_that_ends_with_its_connection_is_complete() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_in_the_middle_of_a_stream_frees_the_engine() {
-    let engine = Engine::start(|_| Answer::stream().event(&delta("a")).wait(&Gate::new()));
-    let proxy = before(&engine).await;
-    for (line, left) in BOTH.into_iter().zip(1..) {
-        let mut client = proxy.client(line).await;
-        first_event(&mut client).await;
-        let _connection = client.cancel();
-        engine.abandoned(left).await;
-    }
-    proxy.counts("plimsoll_requests_total", &[("outcome", "client_gone")], 2.0).await;
-    proxy.assert_at_rest().await;
-}
-
-async fn a_waiting_client_that_leaves_frees_the_engine(
-    request: Request,
-    held: impl Fn() -> Answer + Send + Sync + 'static,
-) {
-    let engine = Engine::start(move |_| held());
-    let proxy = before(&engine).await;
-    for (line, left) in BOTH.into_iter().zip(1..) {
-        let mut client = proxy.client(line).await;
-        client.send(&request).await;
-        engine.received(usize::try_from(left).expect("small")).await;
-        let _connection = client.cancel();
-        engine.abandoned(left).await;
-    }
-    proxy.counts("plimsoll_requests_total", &[("outcome", "client_gone")], 2.0).await;
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_while_the_engine_is_silent_frees_it() {
-    a_waiting_client_that_leaves_frees_the_engine(streamed(), Answer::silence).await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_between_the_header_and_the_first_event_frees_the_engine() {
-    a_waiting_client_that_leaves_frees_the_engine(streamed(), || Answer::stream().wait(&Gate::new())).await;
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_before_an_answer_that_is_not_streamed_frees_the_engine() {
-    a_waiting_client_that_leaves_frees_the_engine(Request::chat("tiny", "hello"), Answer::silence).await;
-}
-
-#[tokio::test]
 async fn an_http2_connection_outlives_a_request_that_was_given_up() {
     let engine = Engine::start(|seen| match seen.head.header("x-quick") {
         Some(_) => Answer::stream_of(&[&delta("hello")]),
@@ -203,34 +145,6 @@ async fn an_http2_connection_outlives_a_request_that_was_given_up() {
     let mut client = client.cancel().expect("HTTP/2 keeps its connection");
     engine.abandoned(1).await;
     assert_is_the_good_stream(&client.ask(&streamed().with("x-quick", "1")).await);
-}
-
-#[tokio::test]
-async fn a_stream_that_dies_between_its_header_and_its_first_event_goes_to_another_backend() {
-    let deaths: [fn() -> Answer; 2] = [|| Answer::stream().close(), || Answer::stream().reset()];
-    for death in deaths {
-        for line in BOTH {
-            let engines = one_then_another(death);
-            let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
-            assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
-            assert_eq!(seen(&engines), [1, 1]);
-            proxy.assert_at_rest().await;
-        }
-    }
-}
-
-#[tokio::test]
-async fn an_error_as_first_event_goes_to_another_backend() {
-    let error =
-        r#"{"error":{"message":"The request queue is full.","type":"ServiceUnavailable","code":503}}"#;
-    for line in BOTH {
-        let engines = one_then_another(move || Answer::stream_of(&[error]));
-        let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
-        assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
-        assert_eq!(seen(&engines), [1, 1]);
-        proxy.counts("plimsoll_retries_total", &[], 1.0).await;
-        proxy.assert_at_rest().await;
-    }
 }
 
 #[tokio::test]
@@ -274,102 +188,6 @@ async fn a_poisonous_stream_that_fails_everywhere_ejects_nobody() {
         assert_eq!(metrics.sum("plimsoll_backend_up", &[("backend", &backend)]), 1.0);
     }
     proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_clients_mistake_as_first_event_passes_through_and_is_nobodys_fault() {
-    let error = r#"{"error":{"message":"The prompt is too long.","type":"BadRequestError","code":400}}"#;
-    let engines: [Engine; 2] = std::array::from_fn(|_| {
-        Engine::start(move |seen| match seen.head.header("x-mistake") {
-            Some(_) => Answer::stream_of(&[error]),
-            None => Answer::stream_of(&[&delta("hello")]),
-        })
-    });
-    let more = "policy: round_robin, max_fails: 1, fail_timeout: 60s";
-    let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), more)).await;
-    for line in BOTH {
-        for _ in 0..4 {
-            engines.iter().for_each(Engine::forget);
-            let reply = proxy.client(line).await.ask(&streamed().with("x-mistake", "1")).await;
-            assert_eq!((reply.status, reply.events()), (200, vec![error.to_owned(), "[DONE]".to_owned()]));
-            assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
-            assert_is_the_good_stream(&proxy.client(line).await.ask(&streamed()).await);
-        }
-    }
-    let metrics = proxy.metrics().await;
-    assert_eq!(metrics.sum("plimsoll_ejections_total", &[]), 0.0);
-    assert_eq!(metrics.sum("plimsoll_retries_total", &[]), 0.0);
-    assert_eq!(metrics.sum("plimsoll_backend_up", &[]), 2.0);
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn an_error_later_in_a_stream_passes_through_and_is_counted() {
-    let error = r#"{"error":{"message":"EngineCore encountered an issue.","code":500}}"#;
-    let engines = one_then_another(move || Answer::stream_of(&[&delta("a"), error]));
-    let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
-    let reply = proxy.ask(&streamed()).await;
-    assert_eq!((reply.status, reply.complete), (200, true));
-    assert_eq!(reply.events(), [&delta("a"), error, "[DONE]"]);
-    assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
-    proxy.counts("plimsoll_requests_total", &[("outcome", "engine_error")], 1.0).await;
-    proxy.assert_at_rest().await;
-}
-
-#[tokio::test]
-async fn a_stream_that_is_cut_ends_with_an_error_event_and_a_clean_end() {
-    let cuts: [fn() -> Answer; 4] = [
-        || Answer::stream().event(&delta("a")).close(),
-        || Answer::stream().event(&delta("a")).reset(),
-        || Answer::stream().event(&delta("a")).chunk("data: {\"choi").close(),
-        || Answer::stream().event(&delta("a")).write("100\r\ndata: {\"choices").close(),
-    ];
-    for (number, cut) in cuts.into_iter().enumerate() {
-        for line in BOTH {
-            // The event must be with the client before a reset may overtake it on the way to the proxy.
-            let gate = Gate::new();
-            let scripted = gate.clone();
-            let engines = one_then_another(move || cut().gated_after_first_event(&scripted));
-            let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
-            let mut client = proxy.client(line).await;
-            assert_eq!(first_event(&mut client).await, format!("data: {}\n\n", delta("a")));
-            gate.open();
-            let (rest, complete) = client.rest().await;
-            let rest = String::from_utf8_lossy(&rest).into_owned();
-            assert!(complete, "cut {number} over {line:?} did not end cleanly: {rest:?}");
-            let last = rest.trim_end().rsplit("\n\n").next().unwrap_or_default();
-            let data = last
-                .trim_start()
-                .strip_prefix("data: ")
-                .unwrap_or_else(|| panic!("no last event in {rest:?}"));
-            let error: serde_json::Value =
-                serde_json::from_str(data).unwrap_or_else(|_| panic!("not JSON: {data}"));
-            assert_eq!(error["error"]["code"], "stream_cut", "cut {number} over {line:?}: {rest:?}");
-            assert!(error["error"]["message"].is_string() && error["error"]["type"].is_string(), "{error}");
-            assert_eq!(seen(&engines).iter().sum::<usize>(), 1, "never again after the first byte");
-            proxy.counts("plimsoll_requests_total", &[("outcome", "cut")], 1.0).await;
-            proxy.assert_at_rest().await;
-        }
-    }
-}
-
-#[tokio::test]
-async fn a_cut_answer_of_known_length_is_not_passed_off_as_complete() {
-    for line in BOTH {
-        let engines = one_then_another(|| {
-            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n";
-            Answer::default().write(format!("{head}{}", "x".repeat(2000))).close()
-        });
-        let proxy = Proxy::start(&one_upstream(&addresses(&engines.each_ref()), "")).await;
-        let mut client = proxy.client(line).await;
-        client.send(&Request::chat("tiny", "hello")).await;
-        assert_eq!(client.head().await.status, 200);
-        let (_, complete) = client.rest().await;
-        assert!(!complete, "{line:?}");
-        assert_eq!(seen(&engines).iter().sum::<usize>(), 1);
-        proxy.counts("plimsoll_requests_total", &[("outcome", "cut")], 1.0).await;
-        proxy.assert_at_rest().await;
-    }
 }
 
 #[tokio::test]

@@ -136,7 +136,7 @@ impl Request {
     }
 
     /// The request in HTTP/1.1. An open body goes in chunks of 16 KiB.
-    fn http1(&self) -> Bytes {
+    pub fn http1(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.body.len() + 1024);
         let mut put = |text: &str| bytes.extend_from_slice(text.as_bytes());
         put(&format!("{} {} HTTP/1.1\r\n", self.method, self.path));

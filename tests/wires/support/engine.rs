@@ -5,7 +5,7 @@
 //! has hung up on it. Health, models and metrics are answered by themselves, since probes and polls would
 //! otherwise disturb every script.
 
-use super::http1::{Head, Wire};
+use super::http1::{Framing, Head, Wire};
 use super::port::Port;
 use super::wait_until;
 use bytes::Bytes;
@@ -177,6 +177,7 @@ type Script = Box<dyn Fn(&Seen) -> Answer + Send + Sync>;
 
 struct State {
     script: Script,
+    reads_bodies: bool,
     seen: Mutex<Vec<Seen>>,
     models: Mutex<Vec<String>>,
     page: Mutex<String>,
@@ -201,10 +202,22 @@ impl Engine {
         engine
     }
 
+    /// An engine that answers as soon as it has the head of a request, and never reads the body.
+    pub fn hasty(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        let engine = Self::unheard(script, false);
+        engine.revive();
+        engine
+    }
+
     /// An engine whose port refuses connections until [`Engine::revive`].
     pub fn dead(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static) -> Self {
+        Self::unheard(script, true)
+    }
+
+    fn unheard(script: impl Fn(&Seen) -> Answer + Send + Sync + 'static, reads_bodies: bool) -> Self {
         let state = State {
             script: Box::new(script),
+            reads_bodies,
             seen: Mutex::default(),
             models: Mutex::new(vec!["tiny".to_owned()]),
             page: Mutex::default(),
@@ -352,6 +365,7 @@ async fn serve(stream: TcpStream, connection: u64, state: Arc<State>) {
     let mut nth = 0;
     while let Ok(Some(head)) = wire.head().await {
         let Ok(framing) = head.request_framing() else { return };
+        let framing = if state.reads_bodies { framing } else { Framing::Length(0) };
         let Ok(body) = wire.body(framing).await else { return };
         let answer = match housekeeping(&state, &head) {
             Some(answer) => answer,

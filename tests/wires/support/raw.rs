@@ -58,6 +58,23 @@ impl Raw {
         bytes
     }
 
+    /// The next piece of a body, None at its proper end.
+    pub async fn piece(&mut self, framing: &mut Framing) -> io::Result<Option<Bytes>> {
+        within("a piece of an answer", self.wire.piece(framing)).await
+    }
+
+    /// Says that nothing more will be sent, and goes on reading.
+    pub async fn half_close(&mut self) {
+        within("the end of what is sent", self.writer.shutdown()).await.expect("an open connection");
+    }
+
+    /// Resets the connection.
+    pub fn reset(self) {
+        self.writer.as_ref().set_zero_linger().expect("SO_LINGER");
+        // Without its farewell, which would be an orderly end.
+        self.writer.forget();
+    }
+
     /// Every byte up to the end of the connection, which has to come in good order.
     pub async fn until_closed(&mut self) -> Bytes {
         let rest = within("the end of the connection", self.wire.body(Framing::Close)).await;
