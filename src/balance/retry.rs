@@ -3,9 +3,9 @@
 //! A POST to an engine costs GPU seconds, and a client that has seen the first byte cannot be given another
 //! answer. So a request is re-sent only while nothing has gone downstream, only for causes the route names,
 //! at most [`Rule::tries`] times and not after [`Rule::within`]. An attempt that found no connection cost nothing and
-//! does not count as a try. One whose pooled connection was dead is always followed by another, on a new connection;
-//! but it counts, since the engine may have read the request before it closed: a prompt that crashes engines must not
-//! visit them all.
+//! does not count as a try. One whose pooled connection broke at once does: an engine that was killed by the request
+//! looks the same as one that had closed its end a moment before, and a prompt that crashes engines must not visit
+//! them all. It needs no cause and no budget, since it is the keep-alive's doing far more often.
 //!
 //! Sources: DESIGN.md s.6; research/reliability.md s.1.4 and s.2; research/engines.md s.3 (surprises 3, 5, 7,
 //! 12).
@@ -167,7 +167,7 @@ pub fn retry(rule: &Rule, failure: Failure, progress: Progress, budget: &mut Bud
         return false;
     }
     match failure.cause() {
-        None => failure == Failure::StaleConnection && progress.tries <= 1,
+        None => failure == Failure::StaleConnection && progress.tries < rule.tries,
         Some(cause) if !rule.on.contains(&cause) => false,
         Some(Cause::Connect) => true,
         Some(_) => progress.tries < rule.tries && budget.withdraw(),
@@ -262,12 +262,17 @@ mod tests {
     }
 
     #[test]
-    fn an_attempt_that_found_no_connection_is_free_and_one_that_found_it_dead_has_one_more() {
+    fn an_attempt_that_found_no_connection_is_free() {
         let late = Progress { tries: 2, ..first() };
         assert!(decide(Failure::Connect, late));
-        let single = Rule { tries: 1, on: BTreeSet::new(), ..rule() };
-        assert!(retry(&single, Failure::StaleConnection, first(), &mut Budget::default()));
-        assert!(!decide(Failure::StaleConnection, late), "an engine has had it");
+    }
+
+    #[test]
+    fn a_dead_connection_needs_no_cause_and_counts_as_a_try() {
+        let none = Rule { on: BTreeSet::new(), ..rule() };
+        let mut empty = Budget { balance: 0.0 };
+        assert!(retry(&none, Failure::StaleConnection, first(), &mut empty));
+        assert!(!decide(Failure::StaleConnection, Progress { tries: 2, ..first() }));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! one function in `balance/retry.rs` and to the ejection record of the backend. A fault that may be the
 //! request's own is held back until it is known whether another backend gives a good answer.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use pingora::{Error, ErrorSource, ErrorType, Result};
@@ -12,6 +13,7 @@ use super::{Context, Proxy};
 use crate::balance::Tier;
 use crate::balance::retry::{self, Failure, Fault, Progress};
 use crate::clock::Time;
+use crate::policy::Slot;
 
 /// How long a backend that says it is full, but not for how long, is left alone.
 const COOL_DOWN: Duration = Duration::from_secs(1);
@@ -28,7 +30,9 @@ impl Proxy {
             return false;
         };
         let (slot, address) = (attempt.charge.slot, attempt.charge.address);
+        let is_stale = failure == Failure::StaleConnection;
         match failure.fault() {
+            Fault::None if is_stale => ctx.suspects.push((address, slot, failure)),
             Fault::None => {}
             Fault::BackPressure => upstream.cool(slot, wait.unwrap_or(COOL_DOWN)),
             Fault::Suspect => ctx.suspects.push((address, slot, failure)),
@@ -37,7 +41,7 @@ impl Proxy {
         ctx.tried.push(slot);
         let others = upstream.tier(&ctx.tried);
         // A dead connection is no reason to give up the last backend in rotation.
-        let again = failure == Failure::StaleConnection && others != Some(Tier::Available);
+        let again = is_stale && others != Some(Tier::Available);
         let elapsed = self.clock.now().since(ctx.admitted_at);
         let progress = Progress { tries: ctx.tries, elapsed, committed: ctx.committed };
         let retry =
@@ -61,7 +65,7 @@ impl Proxy {
         let (Some(upstream), Some(attempt)) = (&ctx.upstream, &ctx.attempt) else { return };
         if good {
             upstream.succeed(attempt.charge.slot);
-            for (address, slot, failure) in ctx.suspects.drain(..) {
+            for (address, slot, failure) in ctx.suspects.drain(..).filter(is_fault) {
                 upstream.fail(address, slot, failure, true);
             }
         }
@@ -71,10 +75,18 @@ impl Proxy {
     /// reproduced is the request's own.
     pub(super) fn blame(&self, ctx: &Context) {
         let Some(upstream) = &ctx.upstream else { return };
-        if let [(address, slot, failure)] = ctx.suspects[..] {
+        if let [suspect @ (address, slot, failure)] = ctx.suspects[..]
+            && is_fault(&suspect)
+        {
             upstream.fail(address, slot, failure, false);
         }
     }
+}
+
+/// Whether it is held against the backend. A dead connection is not; but if the next try breaks too, the request may
+/// have killed both.
+fn is_fault((_, _, failure): &(SocketAddr, Slot, Failure)) -> bool {
+    failure.fault() == Fault::Suspect
 }
 
 /// Ends the attempt; `error_while_proxy` finds the verdict in the context.

@@ -1,9 +1,9 @@
 //! Connections to the engines: used again, closed in time, and never mistaken for a fault when they die idle.
 //!
-//! A pooled connection that was dead already costs nothing and blames nobody; one that dies under a request
-//! has cost the engine its work, and counts as a try.
+//! A pooled connection that breaks under a request blames nobody, since it may have been dead already; but it counts
+//! as a try, since the engine may have had the request and died of it.
 
-use crate::support::client::Line;
+use crate::support::client::{Line, Request};
 use crate::support::engine::{Answer, Engine, Gate, Seen};
 use crate::support::one_upstream;
 use crate::support::proxy::Proxy;
@@ -119,6 +119,50 @@ async fn a_request_whose_engines_die_long_into_it_moves_once_and_no_further() {
     proxy.counts("plimsoll_retries_total", &[("reason", "closed")], 1.0).await;
     proxy.counts("plimsoll_retries_total", &[], 1.0).await;
     proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn engines_that_die_at_once_on_reused_connections_have_had_their_tries() {
+    for (tries, retries) in [(1, 0.0), (2, 1.0)] {
+        let dies = |seen: &Seen| if seen.nth == 0 { Answer::json(200, "{}") } else { Answer::nothing() };
+        let engines: [Engine; 4] = std::array::from_fn(|_| Engine::start(dies));
+        // Fresh connections are answered: only an engine that is asked on its old one dies.
+        let more = format!(
+            "policy: round_robin, max_fails: 1, keepalive: {{ idle_timeout: 60s }}, retry: {{ tries: {tries} }}"
+        );
+        let proxy = before(&engines, &more).await;
+        warm(&proxy, &engines).await;
+        let reply = proxy.ask(&chat()).await;
+        if tries == 1 {
+            assert_error(&reply, 502, "upstream_closed");
+        } else {
+            assert_eq!(reply.status, 200, "on a new connection: {}", reply.text());
+        }
+        assert_eq!(total(&engines), tries);
+        proxy.counts("plimsoll_retries_total", &[("reason", "stale_connection")], retries).await;
+        assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+        proxy.assert_at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_kills_every_engine_at_once_kills_two_and_ejects_nobody() {
+    // What is asked before it is good; of the poison each dies, on whatever connection.
+    let dies = |seen: &Seen| {
+        let is_poison = seen.body.windows(6).any(|bytes| bytes == b"poison");
+        if is_poison { Answer::nothing() } else { Answer::json(200, "{}") }
+    };
+    for line in BOTH {
+        let engines: [Engine; 4] = std::array::from_fn(|_| Engine::start(dies));
+        let more = "policy: round_robin, max_fails: 1, keepalive: { idle_timeout: 60s }";
+        let proxy = before(&engines, more).await;
+        warm(&proxy, &engines).await;
+        let reply = proxy.client(line).await.ask(&Request::chat("tiny", "poison")).await;
+        assert_error(&reply, 502, "upstream_closed");
+        assert_eq!(total(&engines), 2);
+        assert_eq!(proxy.metrics().await.sum("plimsoll_ejections_total", &[]), 0.0);
+        proxy.assert_at_rest().await;
+    }
 }
 
 #[tokio::test]
