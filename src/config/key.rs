@@ -127,6 +127,8 @@ impl<'de> Deserialize<'de> for KeyHash {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     /// Of the empty text, as every implementation prints it.
@@ -148,6 +150,7 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("plimsoll-key-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("a"), "sk-canary\n").unwrap();
+        std::fs::set_permissions(folder.join("a"), std::fs::Permissions::from_mode(0o600)).unwrap();
         let mut key: Key = serde_yaml::from_str("{ file: a, requests_per_minute: 7 }").unwrap();
         key.read(&folder).unwrap();
         assert_eq!((key.hash, key.requests_per_minute), (KeyHash::of(b"sk-canary"), Some(7)));
