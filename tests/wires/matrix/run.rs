@@ -156,8 +156,9 @@ impl Run<'_> {
         let mark = format!(" request id={}-{number} ", self.name);
         let mut line = String::new();
         wait_until("the line in the access log", async || {
-            line = self.proxy.log().lines().find(|line| line.contains(&mark)).unwrap_or_default().to_owned();
-            !line.is_empty()
+            let log = self.proxy.log();
+            line = log.split_inclusive('\n').find(|line| line.contains(&mark)).unwrap_or_default().to_owned();
+            line.ends_with('\n')
         })
         .await;
         line
@@ -216,7 +217,7 @@ impl Run<'_> {
     async fn check_log(&self, number: usize, end: &End) {
         let line = self.settled(number).await;
         let field = |key: &str| {
-            let found = line.split(' ').find_map(|word| word.strip_prefix(key));
+            let found = line.trim_end().split(' ').find_map(|word| word.strip_prefix(key));
             found.map(str::to_owned)
         };
         assert_eq!(field("outcome=").as_deref(), Some(end.outcome), "{line}");
