@@ -34,6 +34,7 @@ pub(super) fn peer(config: &config::Upstream, live: &Live, fresh: bool) -> HttpP
     options.read_timeout = Some(config.timeouts.read);
     options.write_timeout = Some(config.timeouts.send);
     options.tcp_keepalive = Some(TCP_KEEPALIVE);
+    live.connections.follow(options);
     options.idle_timeout = Some(config.keepalive.idle_timeout);
     peer
 }

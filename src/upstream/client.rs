@@ -37,6 +37,13 @@ pub(super) enum NoAnswer {
     Failed(pingora::BError),
 }
 
+impl NoAnswer {
+    /// Whether nobody listens.
+    pub(super) fn is_refused(&self) -> bool {
+        matches!(self, Self::Failed(e) if *e.etype() == pingora::ErrorType::ConnectRefused)
+    }
+}
+
 impl std::fmt::Display for NoAnswer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -8,6 +8,7 @@
 
 mod charge;
 mod client;
+mod connections;
 mod models;
 mod poller;
 mod probe;
@@ -38,6 +39,7 @@ use crate::config;
 use crate::observe::metrics::{BackendMetrics, Metrics, UpstreamMetrics};
 use crate::policy::{Request, Slot};
 use crate::prompt::{BytesPerToken, Digest};
+use connections::Connections;
 use queue::Queue;
 use selector::{Key, Selector};
 
@@ -94,6 +96,8 @@ pub struct Live {
     pub label: String,
     /// Its counters.
     pub metrics: BackendMetrics,
+    /// Its open connections.
+    pub connections: Arc<Connections>,
     pulse: Arc<Pulse>,
 }
 
@@ -105,7 +109,12 @@ impl Live {
 
     /// How long ago the backend sent a byte; `None` if it never did.
     fn silence(&self, now: Time) -> Option<Duration> {
-        self.pulse.last().map(|last| now.since(last))
+        self.last_heard().map(|last| now.since(last))
+    }
+
+    /// When the backend last sent a byte; `None` if it never did.
+    fn last_heard(&self) -> Option<Time> {
+        self.pulse.last()
     }
 }
 
@@ -126,7 +135,7 @@ impl Upstream {
             Some(before) => before.shared.configure(&config, &before.config),
             None => Shared::new(name, &config, clock, metrics),
         };
-        let live = live(name, &config, members, &shared, metrics);
+        let live = live(name, &config, members, before, &shared, metrics);
         let registry = probes.registry(&config, authorization.as_deref(), (shared.clone(), live.clone()));
         let backends = Backends::new_with_health_registry(Static::new(backend_set(members)), registry);
         let balancing = LoadBalancer::from_backends_with_config(backends, Some(shared.clone()));
@@ -304,6 +313,14 @@ impl Shared {
         }
     }
 
+    /// A backend refuses connections and has fallen silent: what it still has will not be answered.
+    fn give_up(&self, live: &Live) {
+        let ended = live.connections.hang_up();
+        if ended > 0 {
+            log::warn!("backend gone upstream={} backend={} connections={ended}", self.name, live.address);
+        }
+    }
+
     /// The probes' verdict on a backend has changed.
     fn observe_health(&self, address: &SocketAddr, healthy: bool) {
         self.balancer.lock().observe_health(address, healthy, self.clock.now());
@@ -326,6 +343,7 @@ fn live(
     upstream: &str,
     config: &config::Upstream,
     members: &[Member],
+    before: Option<&Upstream>,
     shared: &Shared,
     metrics: &Metrics,
 ) -> HashMap<SocketAddr, Arc<Live>> {
@@ -337,6 +355,9 @@ fn live(
             server_name: named.clone().unwrap_or_else(|| member.host.clone()),
             metrics: metrics.backend(upstream, &label),
             label,
+            connections: before
+                .and_then(|before| before.live(&member.address))
+                .map_or_else(Arc::default, |live| live.connections.clone()),
             pulse: shared.balancer.lock().pulse(member.address),
         };
         (member.address, Arc::new(live))

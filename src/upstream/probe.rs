@@ -4,7 +4,9 @@
 //! saturated engine is slow to answer and SGLang's always takes a second; several failures in a row before a
 //! backend counts as down. Any answer below 500 is a sign of life: an engine that wants a key is not dead.
 //! A probe that times out proves nothing against a backend that has sent bytes meanwhile: it is busy
-//! (research/reliability.md s.0.8 and s.2).
+//! (research/reliability.md s.0.8 and s.2). One that is refused proves that the engine's process goes: if it is
+//! refused `down_after` times in a row, and no stream has brought a byte for `timeout` meanwhile, the streams are
+//! ended (`balance/pulse.rs`).
 //!
 //! Scheduling and thresholds are those of Pingora's `HealthCheckService`: all backends of a registry are
 //! probed in parallel, each with a jitter of its own, and a round ends with its slowest probe. Upstreams that
@@ -17,7 +19,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use pingora::server::ShutdownWatch;
 use pingora::{Error, ErrorType};
 use pingora_load_balancing::health_check::HealthCheck;
@@ -25,6 +27,7 @@ use pingora_load_balancing::{Backend, HealthCheckService, HealthRegistry};
 
 use super::client::{Client, NoAnswer};
 use super::{Live, Shared};
+use crate::balance::pulse::Refusals;
 use crate::config;
 
 /// The fraction of the interval over which probes are spread.
@@ -96,6 +99,7 @@ impl Probes {
             client: Client::new(config, settings.authorization.clone()),
             settings: settings.clone(),
             watchers: watchers.clone(),
+            refusals: Mutex::default(),
         }));
         self.registries.push(Probed {
             settings,
@@ -142,7 +146,12 @@ struct Probe {
     settings: Settings,
     client: Client,
     watchers: Watchers,
+    /// Of the backends that refused their last probe.
+    refusals: Mutex<HashMap<SocketAddr, Refusals>>,
 }
+
+/// A backend, as each upstream that has it sees it.
+type Watched = [(Arc<Shared>, Arc<Live>)];
 
 impl Probe {
     /// The backend at `address`, as each upstream that has it sees it.
@@ -153,10 +162,27 @@ impl Probe {
     }
 
     /// Whether a backend has sent bytes since the probe before the present one.
-    fn was_heard_lately(&self, watched: &[(Arc<Shared>, Arc<Live>)]) -> bool {
+    fn was_heard_lately(&self, watched: &Watched) -> bool {
         let lately = self.settings.probe.interval + self.settings.probe.timeout;
         let heard = |(shared, live): &(Arc<Shared>, Arc<Live>)| live.silence(shared.clock.now());
         watched.iter().filter_map(heard).any(|silence| silence < lately)
+    }
+
+    /// Keeps count of refused connections, and gives up a backend that is gone.
+    fn note(&self, watched: &Watched, refused: bool) {
+        let Some((shared, live)) = watched.first() else { return };
+        if !refused {
+            self.refusals.lock().remove(&live.address);
+            return;
+        }
+        let config::Probe { down_after, timeout, .. } = self.settings.probe;
+        let last = watched.iter().filter_map(|(_, live)| live.last_heard()).max();
+        let now = shared.clock.now();
+        let gone =
+            self.refusals.lock().entry(live.address).or_default().refuse(down_after, timeout, last, now);
+        if gone {
+            watched.iter().for_each(|(shared, live)| shared.give_up(live));
+        }
     }
 }
 
@@ -167,7 +193,9 @@ impl HealthCheck for Probe {
         let Some((_, live)) = watched.first() else { return Ok(()) };
         let probe = &self.settings.probe;
         tokio::time::sleep(probe.interval.mul_f64(JITTER * fastrand::f64())).await;
-        match self.client.get(live, &self.settings.path, probe.timeout).await {
+        let answer = self.client.get(live, &self.settings.path, probe.timeout).await;
+        self.note(&watched, answer.as_ref().is_err_and(NoAnswer::is_refused));
+        match answer {
             Ok((..500, _)) => {
                 watched.iter().for_each(|(shared, live)| shared.reach(&live.address));
                 Ok(())

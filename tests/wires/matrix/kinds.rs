@@ -56,6 +56,48 @@ fn drain_as_sglang<'a>(run: &'a Run<'a>) -> Replies<'a> {
     .boxed_local()
 }
 
+/// An engine that is told to stop: its port refuses, and its stream is neither continued nor ended.
+fn stop_as_vllm<'a>(run: &'a Run<'a>) -> Replies<'a> {
+    async move {
+        let mut client = run.sent(0).await;
+        run.gate.reached(1).await;
+        run.engine(0).close_port();
+        vec![Some(reply(&mut client).await)]
+    }
+    .boxed_local()
+}
+
+/// The same, but the stream goes on once the probes have found the port closed.
+fn finish_and_stop<'a>(run: &'a Run<'a>) -> Replies<'a> {
+    async move {
+        let mut client = run.sent(0).await;
+        run.gate.reached(1).await;
+        run.engine(0).close_port();
+        let labels = [("upstream", run.name), ("backend", &*run.engine(0).address())];
+        run.proxy.counts("plimsoll_backend_up", &labels, 0.0).await;
+        run.gate.open();
+        vec![Some(reply(&mut client).await)]
+    }
+    .boxed_local()
+}
+
+/// A backend whose stream stands still at the gate after its first event, and one that is well.
+fn begun(gate: &Gate) -> Vec<Backend> {
+    let gate = gate.clone();
+    let stream = move |_: &Seen| Answer::stream().event(&delta("a")).wait(&gate).event("[DONE]").end();
+    vec![Backend::doing(stream), Backend::doing(super::backend::good)]
+}
+
+/// The same before its first event.
+fn opened(gate: &Gate) -> Vec<Backend> {
+    let gate = gate.clone();
+    let stream = move |_: &Seen| Answer::stream().wait(&gate).event("[DONE]").end();
+    vec![Backend::doing(stream), Backend::doing(super::backend::good)]
+}
+
+/// Probes that take a backend for gone after a third of a second.
+const HASTY_PROBES: &str = "engine: vllm, probe: { interval: 50ms, timeout: 300ms, down_after: 3 }";
+
 /// Answers before the body is sent: 413, and the connection is closed.
 fn upload<'a>(run: &'a Run<'a>) -> Replies<'a> {
     async move {
@@ -126,6 +168,21 @@ rows! {
         .beside(PROBES)
         .retried_times(3, "status_500")
         .ejected("status_500");
+
+    vllm_is_stopped_and_leaves_a_stream_open_in_silence =>
+        Row::play(begun, stop_as_vllm, vec![End::cut(Gets::Cut, "closed")], 1)
+            .streamed()
+            .beside(HASTY_PROBES);
+
+    vllm_is_stopped_so_before_the_first_event =>
+        Row::play(opened, stop_as_vllm, vec![End::good(2).error("closed")], 2)
+            .streamed()
+            .beside(HASTY_PROBES)
+            .retried("closed")
+            .ejected("closed");
+
+    dynamo_is_stopped_and_finishes_its_stream_with_its_port_closed =>
+        Row::play(begun, finish_and_stop, vec![GOOD], 1).streamed().beside(PROBES);
 
     sglang_drains_with_health_503_and_serves_what_it_has =>
         Row::play(|gate| vec![Backend::well(gate), Backend::well(gate)], drain_as_sglang, vec![GOOD; 2], 2)

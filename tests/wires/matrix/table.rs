@@ -74,6 +74,7 @@ fn sentence(name: &str, row: &Row) -> String {
     for (plain, written) in [
         ("vllm", "vLLM"),
         ("sglang", "SGLang"),
+        ("dynamo", "Dynamo"),
         ("llama cpp", "llama.cpp"),
         ("goaway", "GOAWAY"),
         ("http2", "HTTP/2"),

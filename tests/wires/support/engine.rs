@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::SeqCst};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
 /// A request as the engine received it.
@@ -185,6 +185,7 @@ struct State {
     probes: AtomicU64,
     connections: AtomicU64,
     left: AtomicU64,
+    closing: Notify,
 }
 
 /// A scripted engine on a port of its own.
@@ -225,6 +226,7 @@ impl Engine {
             probes: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             left: AtomicU64::new(0),
+            closing: Notify::new(),
         };
         Self { port: Port::take(), state: Arc::new(state), accepting: Mutex::new(None) }
     }
@@ -265,6 +267,11 @@ impl Engine {
             accepting.abort();
             let _cancelled = accepting.await;
         }
+    }
+
+    /// Stops listening, as an engine that has been told to stop: the port refuses, and what it has goes on.
+    pub fn close_port(&self) {
+        self.state.closing.notify_one();
     }
 
     /// What `GET /health` answers from now on.
@@ -351,11 +358,20 @@ pub fn usage(prompt: u64, completion: u64, cached: u64) -> String {
 
 async fn accept(listener: TcpListener, state: Arc<State>) {
     let mut connections = JoinSet::new();
-    while let Ok((stream, _)) = listener.accept().await {
+    loop {
+        let (stream, _) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(_) => break,
+            },
+            () = state.closing.notified() => break,
+        };
         let number = state.connections.fetch_add(1, SeqCst);
         connections.spawn(serve(stream, number, state.clone()));
         while connections.try_join_next().is_some() {}
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
 }
 
 async fn serve(stream: TcpStream, connection: u64, state: Arc<State>) {
