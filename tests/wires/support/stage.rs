@@ -4,8 +4,6 @@ use super::client::{Answer as Reply, Client, Line, Request};
 use super::engine::{Answer, Engine, Seen, addresses};
 use super::one_upstream;
 use super::proxy::Proxy;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// Both protocols; with TLS they differ only where a body is read.
 pub const BOTH: [Line; 2] = [Line::Http1, Line::Http2];
@@ -23,12 +21,6 @@ pub async fn before(engines: &[Engine], more: &str) -> Proxy {
 /// Two engines that answer every request by `script`.
 pub fn alike(script: impl Fn(&Seen) -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
     std::array::from_fn(|_| Engine::start(script.clone()))
-}
-
-/// Two engines of which the first to be asked does `first`, ever after both answer well.
-pub fn one_then_another(first: impl Fn() -> Answer + Clone + Send + Sync + 'static) -> [Engine; 2] {
-    let asked = Arc::new(AtomicBool::new(false));
-    alike(move |_| if asked.swap(true, SeqCst) { Answer::json(200, "{}") } else { first() })
 }
 
 /// How many requests each engine has seen.
