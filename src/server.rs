@@ -36,6 +36,10 @@ use crate::upstream::{Member, Probes, Upstream};
 /// Pingora ends a request after so many attempts, whatever we say; ours end long before.
 const ATTEMPTS_LIMIT: usize = 64;
 
+/// Seconds up to which Pingora's own timers are used. They are cheaper than tokio's, and stay in memory until
+/// their time has come, needed or not: ten minutes of them on every thread, with a read timeout of ten minutes.
+const CHEAP_TIMERS: u64 = 1;
+
 /// HTTP/2 windows: a prompt of a megabyte should not need sixteen round trips.
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
@@ -160,6 +164,7 @@ fn server_conf(config: &Config) -> ServerConf {
         max_retries: ATTEMPTS_LIMIT,
         grace_period_seconds: Some(config.server.drain_timeout.as_secs()),
         graceful_shutdown_timeout_seconds: Some(0),
+        fast_timeout_to_tokio_threshold_seconds: Some(CHEAP_TIMERS),
         ..ServerConf::default()
     };
     if let Some(path) = &config.server.upgrade_socket {
