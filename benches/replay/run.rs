@@ -7,6 +7,7 @@
 //! they are counted: in the trace, by the clients, by the engines and by the balancer.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -27,15 +28,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A charge is settled after the last byte of its answer; it may take so long until the metrics show it.
 const SETTLE_TRIES: u32 = 100;
 const SETTLE_PAUSE: Duration = Duration::from_millis(50);
-
-/// What must be zero when nothing is in flight.
-const GAUGES: [&str; 5] = [
-    "plimsoll_pending_tokens",
-    "plimsoll_active_requests",
-    "plimsoll_context_tokens",
-    "plimsoll_buffered_body_bytes",
-    "plimsoll_queued_requests",
-];
 
 /// What came of one run.
 pub struct Run {
@@ -89,12 +81,7 @@ pub async fn run(trace: &Trace, policy: &'static str, folder: &Path) -> io::Resu
     let page = rest(&stage).await?;
     let mut faults = Vec::new();
     faults.extend(seen.failures.first().map(|why| format!("{} failed: {why}", seen.failures.len())));
-    faults.extend(
-        GAUGES
-            .into_iter()
-            .filter(|gauge| scrape::sum(&page, gauge, "") != Some(0.0))
-            .map(|gauge| format!("{gauge} is {:?} at the end, not 0", scrape::sum(&page, gauge, ""))),
-    );
+    faults.extend(scrape::owed(&page));
     let mut engines = String::new();
     for backend in &stage.backends {
         engines += &scrape::page(*backend).await?;
@@ -107,7 +94,7 @@ pub async fn run(trace: &Trace, policy: &'static str, folder: &Path) -> io::Resu
         requests,
         failed: seen.failures.len(),
         hit_ratio: seen.usage.details.cached_tokens as f64 / prompt_tokens,
-        expected_hit_ratio: scrape::expected_hits(&folder.join("log"))? as f64 / prompt_tokens,
+        expected_hit_ratio: expected_hits(&folder.join("log"))? as f64 / prompt_tokens,
         largest_share: seen.backends.values().max().copied().unwrap_or(0) as f64 / requests as f64,
         first_token: seen.first_token,
         late: seen.late,
@@ -257,12 +244,19 @@ impl Usage {
 async fn rest(stage: &Stage) -> io::Result<String> {
     for _ in 0..SETTLE_TRIES {
         let page = scrape::page(stage.admin).await?;
-        if GAUGES.iter().all(|gauge| scrape::sum(&page, gauge, "") == Some(0.0)) {
+        if scrape::owed(&page).is_empty() {
             return Ok(page);
         }
         tokio::time::sleep(SETTLE_PAUSE).await;
     }
     scrape::page(stage.admin).await
+}
+
+/// Prompt tokens of which the balancer expected, when it chose, that the chosen engine had them cached.
+fn expected_hits(log: &Path) -> io::Result<u64> {
+    let log = fs::read_to_string(log)?;
+    let matched = log.lines().filter_map(|line| line.split_once(" matched_est="));
+    Ok(matched.filter_map(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok()).sum())
 }
 
 /// What is not the same number in every book.

@@ -1,11 +1,18 @@
-//! What engines and balancer say of themselves: pages of metrics, and the access log.
+//! What engines and balancer say of themselves on their pages of metrics. `benches/endure` reads them so, too.
 
-use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
 
 use plimsoll::demo::client;
+
+/// What must be zero when nothing is in flight.
+const GAUGES: [&str; 5] = [
+    "plimsoll_pending_tokens",
+    "plimsoll_active_requests",
+    "plimsoll_context_tokens",
+    "plimsoll_buffered_body_bytes",
+    "plimsoll_queued_requests",
+];
 
 /// The page of metrics at `address`.
 pub async fn page(address: SocketAddr) -> io::Result<String> {
@@ -22,9 +29,9 @@ pub fn sum(page: &str, name: &str, label: &str) -> Option<f64> {
     values.fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
 }
 
-/// Prompt tokens of which the balancer expected, when it chose, that the chosen engine had them cached.
-pub fn expected_hits(log: &Path) -> io::Result<u64> {
-    let log = fs::read_to_string(log)?;
-    let matched = log.lines().filter_map(|line| line.split_once(" matched_est="));
-    Ok(matched.filter_map(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok()).sum())
+/// What must be zero when nothing is in flight, and is not.
+pub fn owed(page: &str) -> Vec<String> {
+    let owed =
+        GAUGES.into_iter().map(|gauge| (gauge, sum(page, gauge, ""))).filter(|(_, sum)| *sum != Some(0.0));
+    owed.map(|(gauge, sum)| format!("{gauge} is {sum:?}, not 0")).collect()
 }
