@@ -530,4 +530,6 @@ impl Backend {
 }
 
 #[cfg(test)]
+mod schedules;
+#[cfg(test)]
 mod tests;
