@@ -2,7 +2,8 @@
 //!
 //! The grammar is that of the exposition formats document (`name{label="value",...} value timestamp`, where
 //! the escapes in a label value are `\\`, `\"` and `\n`), which version 1.0.0 and OpenMetrics extend by
-//! exemplars after a `#`; those are ignored, as are comments and every line that is not a sample.
+//! exemplars after a `#`; those are ignored, as are comments and every line that is not a sample. A last line
+//! without its LF is none: every scrape ends in one, so this one was cut, perhaps within a number.
 
 use std::borrow::Cow;
 
@@ -21,9 +22,9 @@ pub struct Sample<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Labels<'a>(&'a str);
 
-/// The samples of a scrape, in order.
+/// The samples of a scrape, in order; those of whole lines.
 pub fn samples(exposition: &str) -> impl Iterator<Item = Sample<'_>> {
-    exposition.lines().filter_map(sample)
+    exposition.split_inclusive('\n').filter_map(|line| sample(line.strip_suffix('\n')?))
 }
 
 impl<'a> Labels<'a> {
@@ -120,9 +121,9 @@ mod tests {
     type Parts<'a> = (&'a str, Vec<(&'a str, String)>, f64);
 
     fn one(line: &str) -> Option<Parts<'_>> {
-        let sample = samples(line).next()?;
-        let labels = sample.labels.iter().map(|(name, value)| (name, value.into_owned())).collect();
-        Some((sample.name, labels, sample.value))
+        let read = sample(line)?;
+        let labels = read.labels.iter().map(|(name, value)| (name, value.into_owned())).collect();
+        Some((read.name, labels, read.value))
     }
 
     #[test]
@@ -192,6 +193,15 @@ mod tests {
     }
 
     #[test]
+    fn a_line_that_was_cut_says_nothing() {
+        let text = "a 12\nb 345\n";
+        for cut in 0..text.len() {
+            let read: Vec<f64> = samples(&text[..cut]).map(|sample| sample.value).collect();
+            assert_eq!(read, &[12.0][..usize::from(cut > 4)], "cut at {cut}");
+        }
+    }
+
+    #[test]
     fn damaged_lines_never_panic() {
         let seed = fastrand::u64(..);
         println!("seed {seed}");
@@ -204,7 +214,7 @@ mod tests {
                 line[at] = *rng.choice(&['a', '{', '}', '"', '\\', '=', ',', ' ', '1', '\n', 'é']).unwrap();
             }
             line.truncate(rng.usize(5..40));
-            let line: String = line.into_iter().collect();
+            let line: String = line.into_iter().chain(['\n']).collect();
             read += samples(&line).flat_map(|sample| sample.labels.iter()).count();
         }
         assert!(read > 1_000, "too little of the noise was read: {read}");
