@@ -12,8 +12,13 @@ use ppp::v2::Command;
 use ppp::{HeaderResult, PartialResult, v1, v2};
 use tokio::io::AsyncReadExt;
 
+use super::chunks::Malformed;
+
 /// Longer ones, with kilobytes of extensions, are nobody's.
 const LONGEST: usize = 4 * 1024;
+
+/// The longest line of version 1, by its specification.
+const LONGEST_LINE: usize = 107;
 
 /// Reads the header and makes `tcp` the connection of the client it names; the client's address, or `None` if
 /// there is no such header. A balancer that speaks for itself (its health check) is the client.
@@ -23,9 +28,8 @@ pub(super) async fn read(tcp: &mut TcpStream, peer: IpAddr) -> Option<IpAddr> {
         if tcp.read_buf(&mut bytes).await.ok()? == 0 || bytes.len() > LONGEST {
             return None;
         }
-        let header = HeaderResult::parse(&bytes);
-        if header.is_complete() {
-            break parsed(&header)?;
+        if let Some(found) = header(&bytes).ok()? {
+            break found;
         }
     };
     tcp.rewind(&bytes[length..]);
@@ -37,7 +41,26 @@ pub(super) async fn read(tcp: &mut TcpStream, peer: IpAddr) -> Option<IpAddr> {
     Some(client.ip())
 }
 
-/// The length of the header, and the client it names, if it names one.
+/// The length of the header that `bytes` begin with, and the client it names, if it names one; `None` if its end is
+/// not there yet.
+///
+/// # Errors
+/// There is no such header.
+pub fn header(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, Malformed> {
+    if !bytes.starts_with(b"PROXY ") {
+        let header = HeaderResult::parse(bytes);
+        return if header.is_complete() { parsed(&header).map(Some).ok_or(Malformed) } else { Ok(None) };
+    }
+    // Version 1 is a line, for whose end the parser neither waits nor insists on CRLF.
+    let Some(end) = bytes.iter().take(LONGEST_LINE).position(|&b| b == b'\n') else {
+        return if bytes.len() < LONGEST_LINE { Ok(None) } else { Err(Malformed) };
+    };
+    let line = &bytes[..=end];
+    let is_line = line.strip_suffix(b"\r\n").is_some_and(|text| !text.contains(&b'\r'));
+    let found = parsed(&HeaderResult::parse(line)).filter(|(length, _)| is_line && *length == line.len());
+    found.map(Some).ok_or(Malformed)
+}
+
 fn parsed(header: &HeaderResult<'_>) -> Option<(usize, Option<SocketAddr>)> {
     match header {
         HeaderResult::V1(header) => {
@@ -67,8 +90,7 @@ mod tests {
     use super::*;
 
     fn read(bytes: &[u8]) -> Option<(usize, Option<SocketAddr>)> {
-        let header = HeaderResult::parse(bytes);
-        if header.is_complete() { parsed(&header) } else { None }
+        header(bytes).ok().flatten()
     }
 
     #[test]
@@ -87,10 +109,15 @@ mod tests {
         );
         let local = [&signature[..], &[0x20, 0x00, 0, 0]].concat();
         assert_eq!(read(&local), Some((local.len(), None)));
-        for cut in 0..v1.len() {
-            assert_eq!(read(&v1[..cut]), None);
+        for whole in [&v1[..], &unknown[..], &v2[..]] {
+            for cut in 0..whole.len() {
+                assert_eq!(header(&whole[..cut]), Ok(None), "cut at {cut}");
+            }
         }
-        assert!(HeaderResult::parse(b"GET / HTTP/1.1\r\n\r\n").is_complete());
-        assert_eq!(read(b"GET / HTTP/1.1\r\n\r\n"), None);
+        assert_eq!(header(&[&b"PROXY "[..], &[b'x'; 101]].concat()), Err(Malformed), "too long for a line");
+        for odd in ["PROXY UNKNOWN x \n", "PROXY TCP4 192.0.2.1\r10.0.0.1 4000 80\r\n", "PROXY UNKNOWN\n"] {
+            assert_eq!(header(odd.as_bytes()), Err(Malformed), "{odd:?}");
+        }
+        assert_eq!(header(b"GET / HTTP/1.1\r\n\r\n"), Err(Malformed));
     }
 }
