@@ -6,6 +6,7 @@
 //! number or `chunked`.
 
 use http::uri::PathAndQuery;
+use memchr::memchr;
 
 use super::Refusal;
 use crate::config::Limits;
@@ -37,14 +38,23 @@ pub(super) fn length(bytes: &[u8], searched: usize, limits: &Limits) -> Result<O
             return if at as u64 > limits.headers { Err(too_large(bytes, limits)) } else { Ok(Some(at)) };
         }
     }
-    let no_line = at == 0 && bytes.len() as u64 > limits.url + AROUND_TARGET as u64;
-    if no_line || bytes.len() as u64 >= limits.headers { Err(too_large(bytes, limits)) } else { Ok(None) }
+    let line = memchr(b'\n', bytes).unwrap_or(bytes.len()) as u64;
+    if line > longest_line(limits) || bytes.len() as u64 >= limits.headers {
+        Err(too_large(bytes, limits))
+    } else {
+        Ok(None)
+    }
+}
+
+/// The longest first line, in bytes, without its LF.
+const fn longest_line(limits: &Limits) -> u64 {
+    limits.url + AROUND_TARGET as u64
 }
 
 /// What is too large: the URL, if the first line alone is.
 fn too_large(bytes: &[u8], limits: &Limits) -> Refusal {
     let line = bytes.iter().take_while(|&&b| b != b'\n').count();
-    if line as u64 > limits.url + AROUND_TARGET as u64 {
+    if line as u64 > longest_line(limits) {
         Refusal::url_too_long(limits.url)
     } else {
         Refusal::headers_too_large(limits)
@@ -90,7 +100,8 @@ impl<'a> RequestLine<'a> {
         if matches!(method, b"CONNECT" | b"TRACE") {
             return Err(Refusal::method_not_allowed());
         }
-        if target.len() as u64 > limits.url {
+        // A line as long, with its CR, is not waited for either.
+        if target.len() as u64 > limits.url || line.len() as u64 >= longest_line(limits) {
             return Err(Refusal::url_too_long(limits.url));
         }
         let (authority, path) = match target {
@@ -310,8 +321,14 @@ mod tests {
             refused(format!("GET / HTTP/1.1\r\n{}", "a".repeat(400)).as_bytes()),
             Err("headers_too_large")
         );
+        let dripped = (1..200).find(|&come| length(&[b'a'; 200][..come], come - 1, &limits).is_err());
+        assert_eq!(dripped, Some(100 + AROUND_TARGET + 1), "however little comes at a time");
+        assert_eq!(refused(&[&[b'a'; 200][..], b"\r\nhost: x"].concat()), Err("url_too_long"));
         let url = format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "a".repeat(100));
-        assert_eq!(check(url.as_bytes(), &limits).map_err(|refusal| refusal.code), Err("url_too_long"));
+        let method = format!("{} / HTTP/1.1\r\nhost: x\r\n\r\n", "A".repeat(160));
+        for head in [url, method] {
+            assert_eq!(check(head.as_bytes(), &limits).map_err(|refusal| refusal.code), Err("url_too_long"));
+        }
         let many = format!("GET / HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(3));
         assert_eq!(check(many.as_bytes(), &limits).map_err(|refusal| refusal.code), Err("headers_too_large"));
     }
