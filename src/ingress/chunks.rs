@@ -12,12 +12,12 @@ const TRAILERS_LIMIT: u16 = 4 * 1024;
 const DIGITS_LIMIT: u16 = 15;
 
 /// The bytes are not what they have to be.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Malformed;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed;
 
 /// What comes next of a chunked body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chunks {
+pub enum Chunks {
     /// Digits of a size: how many there were, and what they say.
     Size(u16, u64),
     /// An extension of the chunk of that size, and how long it is.
@@ -26,13 +26,15 @@ pub(super) enum Chunks {
     SizeEnd(u64),
     /// So much data.
     Data(u64),
-    /// The CR, then the LF, after the data.
+    /// The CR after the data.
     DataEnd,
+    /// The LF after that.
     DataEnded,
     /// A trailer, or the CR of the end; bytes of trailers so far.
     Trailers(u16),
-    /// A trailer; then the LF after it.
+    /// A trailer; bytes of trailers so far.
     Trailer(u16),
+    /// The LF after a trailer.
     TrailerEnd(u16),
     /// The last LF.
     Last,
@@ -42,10 +44,13 @@ pub(super) enum Chunks {
 
 impl Chunks {
     /// Nothing of the body has come.
-    pub(super) const START: Self = Self::Size(0, 0);
+    pub const START: Self = Self::Size(0, 0);
 
     /// Follows the body through `bytes`; how many of them belong to it.
-    pub(super) fn follow(&mut self, bytes: &[u8]) -> Result<usize, Malformed> {
+    ///
+    /// # Errors
+    /// The bytes are no chunks, or not ones that every reader cuts alike.
+    pub fn follow(&mut self, bytes: &[u8]) -> Result<usize, Malformed> {
         let mut at = 0;
         while at < bytes.len() && *self != Self::Done {
             if let Self::Data(left) = self {

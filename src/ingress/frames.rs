@@ -17,7 +17,7 @@ const HEADER_LENGTH: usize = 9;
 
 /// Counts frames.
 #[derive(Debug)]
-pub(super) struct Frames {
+pub struct Frames {
     /// Bytes up to the next frame.
     ahead: u64,
     /// The part of its header that has come.
@@ -32,7 +32,7 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Nothing of the connection has come yet; `floods` counts connections that go beyond `limit`.
-    pub(super) fn new(limit: u32, clock: Clock, floods: IntCounter) -> Self {
+    pub fn new(limit: u32, clock: Clock, floods: IntCounter) -> Self {
         Self {
             ahead: PREFACE_LENGTH,
             header: [0; HEADER_LENGTH],
@@ -46,7 +46,10 @@ impl Frames {
     }
 
     /// Follows the connection through `bytes`, which it takes all, unless they are too much of nothing.
-    pub(super) fn follow(&mut self, mut bytes: &[u8]) -> Result<usize, Malformed> {
+    ///
+    /// # Errors
+    /// The budget is spent.
+    pub fn follow(&mut self, mut bytes: &[u8]) -> Result<usize, Malformed> {
         let all = bytes.len();
         while !bytes.is_empty() {
             if self.ahead > 0 {

@@ -16,7 +16,7 @@ const AROUND_TARGET: usize = 64;
 
 /// How the body of a request is delimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Framing {
+pub enum Framing {
     /// There is none.
     Bodiless,
     /// So many bytes.
@@ -27,7 +27,10 @@ pub(super) enum Framing {
 
 /// How long the head is that `bytes` begin with; `None` if its end is not there yet. The first `searched`
 /// bytes are known not to hold it.
-pub(super) fn length(bytes: &[u8], searched: usize, limits: &Limits) -> Result<Option<usize>, Refusal> {
+///
+/// # Errors
+/// It is too long already, or has a line that does not end in CRLF.
+pub fn length(bytes: &[u8], searched: usize, limits: &Limits) -> Result<Option<usize>, Refusal> {
     let mut at = searched;
     while let Some(lf) = bytes[at..].iter().position(|&b| b == b'\n').map(|n| at + n) {
         if !bytes[..lf].ends_with(b"\r") {
@@ -62,7 +65,10 @@ fn too_large(bytes: &[u8], limits: &Limits) -> Refusal {
 }
 
 /// Reads a whole head, with its empty line at the end; how its body is delimited.
-pub(super) fn check(head: &[u8], limits: &Limits) -> Result<Framing, Refusal> {
+///
+/// # Errors
+/// It may be read in two ways, is malformed, or goes beyond the limits.
+pub fn check(head: &[u8], limits: &Limits) -> Result<Framing, Refusal> {
     let mut lines = head.split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let line = RequestLine::read(lines.next().unwrap_or_default(), limits)?;
     let mut seen = Seen::default();

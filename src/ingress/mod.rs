@@ -12,12 +12,12 @@
 //! engine. What needs the parsed request (routes, bodies, queues) is refused in `proxy`.
 
 pub mod certificates;
-mod chunks;
+pub mod chunks;
 mod clients;
 mod downstream;
-mod frames;
-mod head;
-mod proxy_header;
+pub mod frames;
+pub mod head;
+pub mod proxy_header;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -31,18 +31,20 @@ const NOT_TO_BE_NAMED: [HeaderName; 4] =
     [header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING, header::TRANSFER_ENCODING];
 
 /// Where a request comes from, as far as we know ourselves.
-pub(super) struct Origin {
+pub struct Origin {
     /// The other end of the connection.
-    pub(super) peer: Option<IpAddr>,
+    pub peer: Option<IpAddr>,
     /// Whether it is a proxy that we believe.
-    pub(super) is_trusted: bool,
-    pub(super) is_tls: bool,
+    pub is_trusted: bool,
+    /// Whether it came by TLS.
+    pub is_tls: bool,
     /// The version of HTTP that is spoken there.
-    pub(super) version: http::Version,
+    pub version: http::Version,
 }
 
 impl Origin {
-    pub(super) fn of(session: &ServerSession, trusted: &[Network]) -> Self {
+    /// What the connection of `session` shows, if the proxies in `trusted` are believed.
+    pub fn of(session: &ServerSession, trusted: &[Network]) -> Self {
         let peer = session.client_addr().and_then(|address| address.as_inet()).map(|a| a.ip().to_canonical());
         let is_trusted = peer.is_some_and(|peer| Network::any_contains(trusted, peer));
         let is_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
@@ -51,7 +53,7 @@ impl Origin {
 
     /// Who asked: the last address of `X-Forwarded-For` that is not a proxy we trust, if one of those
     /// connected.
-    pub(super) fn client(&self, request: &RequestHeader, trusted: &[Network]) -> Option<IpAddr> {
+    pub fn client(&self, request: &RequestHeader, trusted: &[Network]) -> Option<IpAddr> {
         if !self.is_trusted {
             return self.peer;
         }
@@ -71,7 +73,10 @@ impl Origin {
     }
 
     /// Makes the forwarding headers of `request` say what we know, and no more.
-    pub(super) fn announce(&self, request: &mut RequestHeader) -> Result<()> {
+    ///
+    /// # Errors
+    /// None, as long as its host is one (`hygiene::is_host`).
+    pub fn announce(&self, request: &mut RequestHeader) -> Result<()> {
         let spoofs: Vec<HeaderName> =
             request.headers.keys().filter(|name| self.may_not_say(name.as_str())).cloned().collect();
         for name in spoofs {
@@ -132,7 +137,10 @@ fn append(request: &mut RequestHeader, name: &'static str, element: &str) -> Res
 }
 
 /// A target in absolute form (`http://host/path`), whose host is that of the request, becomes its path.
-pub(super) fn to_origin_form(request: &mut RequestHeader) -> Result<()> {
+///
+/// # Errors
+/// None, as long as the target is one.
+pub fn to_origin_form(request: &mut RequestHeader) -> Result<()> {
     let target = request.raw_path();
     if target.starts_with(b"/") {
         return Ok(());
@@ -148,7 +156,7 @@ pub(super) fn to_origin_form(request: &mut RequestHeader) -> Result<()> {
 }
 
 /// Takes from an answer what speaks of the engine's connection, which is not the client's.
-pub(super) fn keep_end_to_end(response: &mut ResponseHeader) {
+pub fn keep_end_to_end(response: &mut ResponseHeader) {
     let mut named: Vec<HeaderName> = Vec::new();
     for value in response.headers.get_all(header::CONNECTION) {
         named.extend(hygiene::names(value).filter_map(|name| HeaderName::from_bytes(name).ok()));

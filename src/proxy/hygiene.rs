@@ -13,7 +13,7 @@ use crate::config::Limits;
 const NAMED_LIMIT: usize = 8;
 
 /// Why `request` is refused, if it is.
-pub(super) fn flaw(request: &RequestHeader, limits: &Limits) -> Option<Refusal> {
+pub fn flaw(request: &RequestHeader, limits: &Limits) -> Option<Refusal> {
     if matches!(request.method, http::Method::CONNECT | http::Method::TRACE) {
         return Some(Refusal::method_not_allowed());
     }
@@ -60,7 +60,7 @@ fn may_not_be_named(name: &[u8]) -> bool {
 }
 
 /// Whether `host` is a name, an IPv4 address or an IPv6 address in brackets, with or without a port.
-pub(crate) fn is_host(host: &[u8]) -> bool {
+pub fn is_host(host: &[u8]) -> bool {
     let colon = host.iter().rposition(|&b| b == b':').filter(|_| !host.ends_with(b"]"));
     let (name, port) = colon.map_or((host, None), |at| (&host[..at], Some(&host[at + 1..])));
     let is_port = |port: &[u8]| (1..=5).contains(&port.len()) && port.iter().all(u8::is_ascii_digit);

@@ -19,15 +19,15 @@
 mod access;
 mod body;
 mod context;
-mod forward;
-mod hygiene;
+pub mod forward;
+pub mod hygiene;
 mod intake;
 mod peer;
 mod record;
 mod reply;
 mod route;
 mod setup;
-mod tap;
+pub mod tap;
 mod verdict;
 
 use std::sync::Arc;
@@ -58,8 +58,9 @@ use forward::Origin;
 pub(crate) use hygiene::is_host;
 pub(crate) use intake::new_id;
 use peer::ConnectionUses;
+pub(crate) use reply::CODES;
 use reply::REQUEST_ID;
-pub(crate) use reply::{CODES, Refusal};
+pub use reply::Refusal;
 use setup::Setup;
 use tap::{Opening, Tap};
 

@@ -17,12 +17,15 @@ pub(super) const REQUEST_ID: &str = "x-request-id";
 
 /// A refusal: status, stable code, words, and when to try again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Refusal {
-    pub(crate) status: u16,
-    pub(crate) code: &'static str,
-    pub(crate) message: String,
+pub struct Refusal {
+    /// The HTTP status.
+    pub status: u16,
+    /// The code, which does not change.
+    pub code: &'static str,
+    /// The words, which may.
+    pub message: String,
     /// Seconds for `Retry-After`.
-    pub(crate) retry_after: Option<u64>,
+    pub retry_after: Option<u64>,
 }
 
 /// Every reason for which a request or a connection is refused: the codes of our answers, and then what ends

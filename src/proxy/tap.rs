@@ -11,7 +11,7 @@ use crate::prompt::{Kind, Sse, StreamError, Usage};
 const TAIL: usize = 4 * 1024;
 
 /// Watches one answer.
-pub(super) struct Tap {
+pub struct Tap {
     /// Takes events apart until the first content; `None` afterwards, and for what is no stream.
     events: Option<Sse>,
     is_stream: bool,
@@ -26,7 +26,7 @@ pub(super) struct Tap {
 
 /// What a stream has begun with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Opening {
+pub enum Opening {
     /// No event is complete yet.
     Nothing,
     /// An event or a comment that is no error.
@@ -48,7 +48,7 @@ impl Opening {
 
 impl Tap {
     /// A tap on an answer, which is an event stream or not.
-    pub(super) fn new(is_stream: bool) -> Self {
+    pub fn new(is_stream: bool) -> Self {
         Self {
             events: is_stream.then(Sse::new),
             is_stream,
@@ -61,17 +61,17 @@ impl Tap {
     }
 
     /// Whether the answer is an event stream.
-    pub(super) fn is_stream(&self) -> bool {
+    pub fn is_stream(&self) -> bool {
         self.is_stream
     }
 
     /// What the stream has begun with, as far as it has been read.
-    pub(super) fn opening(&self) -> Opening {
+    pub fn opening(&self) -> Opening {
         self.opening
     }
 
     /// Takes in a read; true if it held the first content of the answer.
-    pub(super) fn read(&mut self, chunk: &[u8]) -> bool {
+    pub fn read(&mut self, chunk: &[u8]) -> bool {
         self.keep(chunk);
         if self.answered {
             return false;
@@ -106,13 +106,13 @@ impl Tap {
     }
 
     /// Whether the last event has not been ended by a blank line.
-    pub(super) fn mid_event(&self) -> bool {
+    pub fn mid_event(&self) -> bool {
         !self.tail.is_empty()
             && ![&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| self.tail.ends_with(end))
     }
 
     /// What the engine counted, once the answer has ended.
-    pub(super) fn usage(&self) -> Option<Usage> {
+    pub fn usage(&self) -> Option<Usage> {
         match (Usage::from_tail(&self.tail), self.early_usage) {
             (Some(late), Some(early)) => Some(early.merge(late)),
             (late, early) => late.or(early),
@@ -120,7 +120,7 @@ impl Tap {
     }
 
     /// The error inside a stream, once it has ended.
-    pub(super) fn stream_error(&self) -> Option<StreamError> {
+    pub fn stream_error(&self) -> Option<StreamError> {
         if !self.is_stream {
             return None;
         }
