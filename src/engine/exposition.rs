@@ -28,7 +28,7 @@ pub fn samples(exposition: &str) -> impl Iterator<Item = Sample<'_>> {
 }
 
 impl<'a> Labels<'a> {
-    /// Each label with its value.
+    /// Each label with its value, up to the first that has no name.
     pub fn iter(self) -> impl Iterator<Item = (&'a str, Cow<'a, str>)> {
         let mut rest = self.0;
         std::iter::from_fn(move || {
@@ -37,7 +37,7 @@ impl<'a> Labels<'a> {
             let end = value_end(quoted)?;
             rest = &quoted[end + 1..];
             let name = name.trim_matches([' ', '\t', ',']);
-            Some((name, unescape(&quoted[..end])))
+            name.bytes().all(is_name).then(|| (name, unescape(&quoted[..end])))
         })
     }
 
@@ -190,6 +190,13 @@ mod tests {
             }
         }
         assert!(scrapes >= 13, "only {scrapes} scrapes among the captures");
+    }
+
+    #[test]
+    fn a_label_without_a_name_ends_the_labels() {
+        let read = samples("a{x=\"1\",y\"z=\"2\"\",engine=\"3\"} 4\n").next().unwrap();
+        assert_eq!(read.labels.value("x").as_deref(), Some("1"));
+        assert_eq!(read.labels.iter().count(), 1, "what a quote hides is no label");
     }
 
     #[test]
