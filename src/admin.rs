@@ -16,19 +16,23 @@ use serde_json::{Value, json};
 use crate::balance::State;
 use crate::config::Secret;
 use crate::observe::metrics::Metrics;
-use crate::upstream::Upstream;
+use crate::proxy::Proxy;
 
 /// The application behind the admin listener.
 pub struct Admin {
-    upstreams: Vec<Arc<Upstream>>,
+    proxy: Proxy,
     metrics: Arc<Metrics>,
     token: Option<Secret>,
+    reload: Arc<Reload>,
 }
 
+/// Reloads the configuration, and says what came of it, or why nothing did. It may take its time.
+pub type Reload = dyn Fn() -> Result<String, String> + Send + Sync;
+
 impl Admin {
-    /// The admin of these upstreams, for whoever has this token.
-    pub fn new(upstreams: Vec<Arc<Upstream>>, metrics: Arc<Metrics>, token: Option<Secret>) -> Self {
-        Self { upstreams, metrics, token }
+    /// The admin of this proxy, for whoever has this token.
+    pub fn new(proxy: Proxy, metrics: Arc<Metrics>, token: Option<Secret>, reload: Box<Reload>) -> Self {
+        Self { proxy, metrics, token, reload: reload.into() }
     }
 
     fn may_ask(&self, request: &RequestHeader) -> bool {
@@ -38,7 +42,8 @@ impl Admin {
     }
 
     fn exposition(&self) -> Vec<u8> {
-        for upstream in &self.upstreams {
+        self.metrics.forget_states();
+        for upstream in self.proxy.upstreams() {
             self.metrics.set_states(&upstream.name, &upstream.states());
         }
         self.metrics.exposition()
@@ -46,7 +51,8 @@ impl Admin {
 
     fn status(&self) -> Value {
         let upstreams: serde_json::Map<_, _> = self
-            .upstreams
+            .proxy
+            .upstreams()
             .iter()
             .map(|upstream| {
                 let backends: Vec<_> = upstream.states().iter().map(backend).collect();
@@ -62,40 +68,53 @@ impl Admin {
 impl ServeHttp for Admin {
     async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
         let request = session.req_header();
-        if request.method != http::Method::GET && request.method != http::Method::HEAD {
-            return answer(StatusCode::METHOD_NOT_ALLOWED, "text/plain", b"only GET\n".to_vec());
-        }
         let (path, may_ask) = (request.uri.path(), self.may_ask(request));
         if !may_ask && !matches!(path, "/livez" | "/readyz") {
-            let mut refusal =
-                answer(StatusCode::UNAUTHORIZED, "text/plain", b"only with the token\n".to_vec());
+            let mut refusal = text(StatusCode::UNAUTHORIZED, "only with the token\n");
             refusal
                 .headers_mut()
                 .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
             return refusal;
         }
+        match (request.method.as_str(), path) {
+            ("POST", "/reload") => self.reload().await,
+            (_, "/reload") => text(StatusCode::METHOD_NOT_ALLOWED, "only POST\n"),
+            ("GET" | "HEAD", _) => self.tell(path, may_ask),
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
+        }
+    }
+}
+
+impl Admin {
+    fn tell(&self, path: &str, may_ask: bool) -> Response<Vec<u8>> {
         match path {
             "/metrics" => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
-            "/livez" => answer(StatusCode::OK, "text/plain", b"ok\n".to_vec()),
+            "/livez" => text(StatusCode::OK, "ok\n"),
             "/readyz" => {
+                let upstreams = self.proxy.upstreams();
                 let without: Vec<_> =
-                    self.upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
-                if without.len() < self.upstreams.len() {
-                    answer(StatusCode::OK, "text/plain", b"ok\n".to_vec())
-                } else {
-                    let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
-                    let reason = format!("no backend is up{names}\n");
-                    answer(StatusCode::SERVICE_UNAVAILABLE, "text/plain", reason.into_bytes())
+                    upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
+                if without.len() < upstreams.len() {
+                    return text(StatusCode::OK, "ok\n");
                 }
+                let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
+                text(StatusCode::SERVICE_UNAVAILABLE, format!("no backend is up{names}\n"))
             }
-            "/status" => {
-                answer(StatusCode::OK, "application/json", format!("{:#}\n", self.status()).into_bytes())
+            "/status" => answer(StatusCode::OK, "application/json", format!("{:#}\n", self.status())),
+            _ => {
+                text(StatusCode::NOT_FOUND, "there is /metrics, /status, /livez and /readyz; POST /reload\n")
             }
-            _ => answer(
-                StatusCode::NOT_FOUND,
-                "text/plain",
-                b"there is /metrics, /status, /livez and /readyz\n".to_vec(),
-            ),
+        }
+    }
+
+    async fn reload(&self) -> Response<Vec<u8>> {
+        let reload = self.reload.clone();
+        match tokio::task::spawn_blocking(move || reload()).await {
+            Ok(Ok(said)) => text(StatusCode::OK, format!("reloaded: {said}\n")),
+            Ok(Err(why)) => {
+                text(StatusCode::UNPROCESSABLE_ENTITY, format!("{why}\nnot reloaded: nothing has changed\n"))
+            }
+            Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("not reloaded: {e}\n")),
         }
     }
 }
@@ -133,8 +152,12 @@ fn backend(state: &State) -> Value {
     })
 }
 
-fn answer(status: StatusCode, kind: &'static str, body: Vec<u8>) -> Response<Vec<u8>> {
-    let mut response = Response::new(body);
+fn text(status: StatusCode, body: impl Into<Vec<u8>>) -> Response<Vec<u8>> {
+    answer(status, "text/plain", body)
+}
+
+fn answer(status: StatusCode, kind: &'static str, body: impl Into<Vec<u8>>) -> Response<Vec<u8>> {
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     let length = response.body().len();
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));

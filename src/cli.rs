@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use ring::rand::{SecureRandom as _, SystemRandom};
 
 use crate::policy::Policies;
-use crate::{config, demo, server, simulate};
+use crate::{config, control, demo, server, simulate};
 
 /// The configuration is invalid (`EX_CONFIG` of sysexits.h).
 const EXIT_CONFIG: u8 = 78;
@@ -45,6 +45,14 @@ enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Let the running balancer read its configuration again; a file with mistakes changes nothing.
+    ///
+    /// Asks it over its admin listener, waits, and says what came of it. `kill -HUP` does the same unseen.
+    Reload {
+        /// The configuration file that it runs with.
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -70,8 +78,8 @@ pub fn main_with(policies: &Policies) -> ExitCode {
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     start_log();
     match cli.command {
-        Command::Run { config, upgrade } => match config::load(&config, policies) {
-            Ok(config) => exit(server::run(&config, upgrade)),
+        Command::Run { config: file, upgrade } => match config::load(&file, policies) {
+            Ok(config) => exit(server::run(&file, config, policies, upgrade)),
             Err(report) => invalid(&report),
         },
         Command::Check { file } => match config::load(&file, policies) {
@@ -81,6 +89,16 @@ pub fn main_with(policies: &Policies) -> ExitCode {
                     complain(&format!("error: {e}\n"));
                     ExitCode::from(EXIT_CONFIG)
                 }
+            },
+            Err(report) => invalid(&report),
+        },
+        Command::Reload { config } => match config::load(&config, policies) {
+            Ok(config) => match config.admin.as_ref().map(control::reload) {
+                Some(Ok(said)) => say(&said),
+                Some(Err(why)) => exit(Err(why)),
+                None => exit(Err(
+                    "without `admin` in the configuration nobody can be asked; send SIGHUP, and read the log",
+                )),
             },
             Err(report) => invalid(&report),
         },

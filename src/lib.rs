@@ -42,6 +42,7 @@ pub mod server;
 
 pub mod demo;
 
+pub mod control;
 pub mod simulate;
 
 pub mod cli;

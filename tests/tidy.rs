@@ -27,7 +27,7 @@ const ORDER: [&[&str]; 17] = [
     &["admin"],
     &["server"],
     &["demo"],
-    &["simulate"],
+    &["control", "simulate"],
     &["cli"],
     &["lib"],
     &["main"],

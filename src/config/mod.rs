@@ -13,6 +13,7 @@
 mod check;
 mod decode;
 pub mod file;
+mod fixed;
 mod hardware;
 pub mod key;
 pub mod network;

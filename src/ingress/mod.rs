@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::BytesMut;
+use parking_lot::RwLock;
 use pingora::apps::{HttpServerApp, ServerApp};
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::http::ServerSession;
@@ -68,10 +69,47 @@ pub struct Listener {
     pub proxy_protocol: bool,
 }
 
+/// The front door as the server knows it: the same through all configurations. Clones share everything.
+pub struct Door<A>(Arc<RwLock<Arc<Ingress<A>>>>);
+
+impl<A> Clone for Door<A> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<A> Door<A> {
+    /// The door behind which `ingress` stands.
+    pub fn new(ingress: Ingress<A>) -> Self {
+        Self(Arc::new(RwLock::new(Arc::new(ingress))))
+    }
+
+    /// From now on new connections go as `config` says. Those there are stay as they are, and so do listeners that are
+    /// not in it any more: they are open until the process ends.
+    pub fn configure(&self, config: &Config, listeners: Vec<Listener>) {
+        let successor = self.0.read().successor(config, listeners);
+        *self.0.write() = Arc::new(successor);
+    }
+}
+
+#[async_trait]
+impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> ServerApp for Door<A> {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let ingress = self.0.read().clone();
+        ingress.accept(stream, shutdown).await;
+        None
+    }
+
+    async fn cleanup(&self) {
+        let app = self.0.read().app.clone();
+        app.http_cleanup().await;
+    }
+}
+
 /// Runs the connections of all listeners, and gives their requests to `app`.
 pub struct Ingress<A> {
     app: Arc<A>,
-    listeners: Vec<Listener>,
+    listeners: Vec<Arc<Listener>>,
     limits: Limits,
     trusted: Vec<Network>,
     clients: Clients,
@@ -90,12 +128,31 @@ impl<A> Ingress<A> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (limits, trusted) = (config.limits.clone(), config.trusted_proxies.clone());
+        let listeners = listeners.into_iter().map(Arc::new).collect();
         Self { app: Arc::new(app), listeners, limits, trusted, clients: Clients::default(), clock, metrics }
     }
 
+    /// The front door of the same application, with the same crowd before it, by another configuration.
+    fn successor(&self, config: &Config, listeners: Vec<Listener>) -> Self {
+        let mut listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
+        let is_new = |old: &&Arc<Listener>| listeners.iter().all(|listener| listener.address != old.address);
+        let kept: Vec<_> = self.listeners.iter().filter(is_new).cloned().collect();
+        listeners.extend(kept);
+        Self {
+            app: self.app.clone(),
+            listeners,
+            limits: config.limits.clone(),
+            trusted: config.trusted_proxies.clone(),
+            clients: self.clients.clone(),
+            clock: self.clock,
+            metrics: self.metrics.clone(),
+        }
+    }
+
     /// The listener that accepted a connection to `local`.
-    fn listener(&self, local: SocketAddr) -> Option<&Listener> {
-        let everywhere = |l: &&Listener| l.address.ip().is_unspecified() && l.address.port() == local.port();
+    fn listener(&self, local: SocketAddr) -> Option<&Arc<Listener>> {
+        let everywhere =
+            |l: &&Arc<Listener>| l.address.ip().is_unspecified() && l.address.port() == local.port();
         let exactly = self.listeners.iter().find(|listener| listener.address == local);
         exactly.or_else(|| self.listeners.iter().find(everywhere))
     }
@@ -106,22 +163,6 @@ impl<A> Ingress<A> {
 
     fn count(&self, code: &str) {
         self.metrics.refusal(code).inc();
-    }
-}
-
-#[async_trait]
-impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> ServerApp for Ingress<A> {
-    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let Ok(tcp) = stream.into_any().downcast::<TcpStream>() else { return None };
-        let digest = tcp.get_socket_digest()?;
-        let listener = self.listener(*digest.local_addr()?.as_inet()?)?;
-        let client = digest.peer_addr()?.as_inet()?.ip();
-        self.serve(listener, client, *tcp, shutdown).await;
-        None
-    }
-
-    async fn cleanup(&self) {
-        self.app.http_cleanup().await;
     }
 }
 
@@ -138,6 +179,16 @@ enum Arrival {
 }
 
 impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
+    /// Runs a connection that Pingora has accepted.
+    async fn accept(&self, stream: Stream, shutdown: &ShutdownWatch) -> Option<()> {
+        let tcp = stream.into_any().downcast::<TcpStream>().ok()?;
+        let digest = tcp.get_socket_digest()?;
+        let listener = self.listener(*digest.local_addr()?.as_inet()?)?;
+        let client = digest.peer_addr()?.as_inet()?.ip();
+        self.serve(listener, client, *tcp, shutdown).await;
+        Some(())
+    }
+
     async fn serve(&self, listener: &Listener, peer: IpAddr, mut tcp: TcpStream, shutdown: &ShutdownWatch) {
         let Some(client) = self.named(listener, peer, &mut tcp).await else {
             return self.count("proxy_header");

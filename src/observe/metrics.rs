@@ -34,6 +34,8 @@ pub struct Metrics {
     state: StateGauges,
     queued: IntGaugeVec,
     refusals: IntCounterVec,
+    reloads: IntCounterVec,
+    reload_failed: IntGauge,
     key_requests: IntCounterVec,
     key_tokens: IntCounterVec,
     /// Bytes of request bodies held in memory.
@@ -129,6 +131,9 @@ impl KeyMetrics {
     }
 }
 
+/// The results of a reload.
+const RELOADS: [&str; 2] = ["ok", "failed"];
+
 const BACKEND: &[&str] = &["upstream", "backend"];
 
 /// Seconds to the first token: from a cached prefix on an idle GPU to a long queue.
@@ -154,7 +159,9 @@ impl Metrics {
         let queued = "Requests waiting for a backend with room.";
         let bodies =
             IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?;
-        Ok(Self {
+        let failed = "1 if the last reload failed, and the configuration before it runs on.";
+        let reload_failed = IntGauge::with_opts(opts("reload_failed", failed))?;
+        let metrics = Self {
             requests: counters(&r, "requests_total", "Requests by backend and how they ended.", outcome)?,
             attempts: counters(
                 &r,
@@ -182,6 +189,8 @@ impl Metrics {
             state: StateGauges::new(&r)?,
             queued: gauges(&r, "queued_requests", queued, &["upstream"])?,
             refusals: counters(&r, "refusals_total", "Answers and endings of our own, by code.", &["code"])?,
+            reloads: counters(&r, "reloads_total", "Reloads of the configuration, by result.", &["result"])?,
+            reload_failed: register(&r, reload_failed)?,
             key_requests: counters(
                 &r,
                 "key_requests_total",
@@ -196,7 +205,17 @@ impl Metrics {
             )?,
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
-        })
+        };
+        for result in RELOADS {
+            metrics.reloads.with_label_values(&[result]);
+        }
+        Ok(metrics)
+    }
+
+    /// Counts a reload.
+    pub fn reloaded(&self, well: bool) {
+        self.reloads.with_label_values(&[RELOADS[usize::from(!well)]]).inc();
+        self.reload_failed.set(i64::from(!well));
     }
 
     /// The counters of a backend, all present at zero from now on.
@@ -252,6 +271,23 @@ impl Metrics {
     /// Counts a request that no backend was chosen for.
     pub fn count_without_backend(&self, upstream: &str, outcome: Outcome) {
         self.requests.with_label_values(&[upstream, "", outcome.name()]).inc();
+    }
+
+    /// Forgets the gauges of all backends, of which some may be gone; [`Metrics::set_states`] brings back the others.
+    pub fn forget_states(&self) {
+        let g = &self.state;
+        let ints = [
+            &g.pending_tokens,
+            &g.active_requests,
+            &g.context_tokens,
+            &g.up,
+            &g.strained,
+            &g.stalled,
+            &g.engine_waiting,
+            &g.engine_running,
+        ];
+        ints.into_iter().for_each(IntGaugeVec::reset);
+        [&g.traffic_share, &g.engine_kv_usage, &g.poll_age].into_iter().for_each(GaugeVec::reset);
     }
 
     /// Brings the gauges of an upstream up to date.

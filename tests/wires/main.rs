@@ -47,6 +47,8 @@ mod queue;
 #[cfg(test)]
 mod recovery;
 #[cfg(test)]
+mod reload;
+#[cfg(test)]
 mod routing;
 #[cfg(test)]
 mod smuggling;

@@ -48,6 +48,7 @@ pub struct Keys<'a> {
 pub struct Proxy {
     child: Child,
     folder: PathBuf,
+    listeners: String,
     plain: Port,
     h2c: Port,
     tls: Port,
@@ -124,7 +125,7 @@ impl Proxy {
             tls.address(),
         );
         let file = folder.join("plimsoll.yaml");
-        std::fs::write(&file, listeners + rest).expect("a writable folder");
+        std::fs::write(&file, listeners.clone() + rest).expect("a writable folder");
         let child = Command::new(binary)
             .args(["run", "--config"])
             .arg(&file)
@@ -135,7 +136,23 @@ impl Proxy {
             .stderr(File::create(folder.join("stderr")).expect("a writable folder"))
             .spawn()
             .expect("the binary starts");
-        Self { child, folder, plain, h2c, tls, admin }
+        Self { child, folder, listeners, plain, h2c, tls, admin }
+    }
+
+    /// Writes another configuration with the same listeners, and has it read; what the admin listener says of it.
+    pub async fn reload(&self, rest: &str) -> Answer {
+        self.rewrite(rest);
+        self.admin(&Request::post("/reload", "")).await
+    }
+
+    /// Writes another configuration with the same listeners.
+    pub fn rewrite(&self, rest: &str) {
+        std::fs::write(self.file(), self.listeners.clone() + rest).expect("a writable folder");
+    }
+
+    /// Its configuration.
+    pub fn file(&self) -> PathBuf {
+        self.folder.join("plimsoll.yaml")
     }
 
     /// Where it listens for that kind of client.
