@@ -148,6 +148,8 @@ impl Upstream {
             let healthy = balancing.backends().ready(&backend);
             shared.balancer.lock().observe_health(address, healthy, clock.now());
         }
+        // Another backend, or a larger `max_requests`, is room for those who wait.
+        shared.queue.wake();
         let catalog = match before {
             Some(before) => Catalog::succeed(&config.models, &before.catalog, |a| live.contains_key(a)),
             None => Catalog::new(&config.models),
@@ -289,8 +291,6 @@ impl Shared {
         let policy = (config.policy != before.policy).then(|| config.policy.build());
         self.balancer.lock().configure(settings(config), policy);
         self.queue.configure(config.queue.length as usize, config.queue.timeout);
-        // A larger `max_requests` is room for those who wait.
-        self.queue.wake();
         self.clone()
     }
 
@@ -301,8 +301,13 @@ impl Shared {
         Some(Charge::new(self.clone(), pick))
     }
 
+    /// Sets which backends there are; none is no answer to that. Pingora's `LoadBalancer` begins with an empty set, and
+    /// those that are known must not be forgotten for it.
     fn set_members(&self, members: impl IntoIterator<Item = (SocketAddr, u32)>) {
-        self.balancer.lock().set_members(members, self.clock.now());
+        let mut members = members.into_iter().peekable();
+        if members.peek().is_some() {
+            self.balancer.lock().set_members(members, self.clock.now());
+        }
     }
 
     /// A probe of a backend has been answered.
@@ -425,11 +430,13 @@ mod tests {
     #[test]
     fn a_new_configuration_finds_what_its_backends_owe_and_the_old_one_settles_it() {
         let before = upstream(2, |_| {});
-        let held = before.assign(&request(), &[]).unwrap();
+        let held = before.assign(&Request { blocks: &[1, 2], ..request() }, &[]).unwrap();
         let after = succeed(&before, 3, |config| config.policy = PolicyConfig::LeastConnections);
         let owed = |address| after.states().iter().find(|s| s.address == address).map(|s| s.account);
         assert_eq!(owed(held.address).unwrap().active_requests, 1);
         assert_eq!(after.states().len(), 3);
+        let cached: usize = after.states().iter().map(|state| state.prefix_blocks).sum();
+        assert_eq!(cached, 2, "what it has cached is not forgotten");
         let next = after.assign(&request(), &[]).unwrap();
         assert_ne!(next.address, held.address, "the new policy counts what the old one sent");
         drop((held, next));

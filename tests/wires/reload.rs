@@ -3,8 +3,10 @@
 use crate::support::client::{Line, Request};
 use crate::support::engine::{Answer, Engine, Gate, delta};
 use crate::support::one_upstream;
-use crate::support::proxy::{Proxy, binary};
+use crate::support::proxy::{Proxy, binary, folder};
 use crate::support::stage::{BOTH, answered, before, chat, counts, reply, sent};
+use crate::support::tls::{Authority, Visitor};
+use crate::support::within;
 use futures::future::join_all;
 use std::process::Command;
 use std::sync::Arc;
@@ -109,7 +111,8 @@ async fn what_a_backend_owes_and_how_it_is_outlive_a_reload() {
     let third = sent(&proxy, Line::Http1).await;
     proxy.counts("plimsoll_queued_requests", &[], 1.0).await;
     assert_eq!(proxy.reload(&yaml("max_requests: 2")).await.status, 200);
-    proxy.counts("plimsoll_active_requests", &[], 3.0).await;
+    gate.reached(3).await;
+    assert_eq!(proxy.metrics().await.sum("plimsoll_active_requests", &[]), 3.0);
     assert_eq!(
         {
             let mut all = counts(&engines);
@@ -213,4 +216,50 @@ async fn fifty_reloads_under_load_fail_nothing_and_close_nothing() {
     assert!(asked.iter().all(|&count| count > 5), "{asked:?}");
     assert_eq!(proxy.metrics().await.sum("plimsoll_reloads_total", &[("result", "ok")]), 50.0);
     proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_certificate_that_was_renewed_is_shown_from_then_on() {
+    let engine = Engine::good();
+    let authority = Authority::unknown();
+    let proxy = before(std::slice::from_ref(&engine), "").await;
+    let visitor = Visitor::trusting(&authority);
+    let (address, mut kept) = (proxy.address(Line::Http1Tls), proxy.client(Line::Http1Tls).await);
+    let (old, _) = visitor.visit(address, "127.0.0.1").await.unwrap();
+    let renewed = authority.sign(&["127.0.0.1"]);
+    // In the place of the old one, as whoever renews it does.
+    let folder = proxy.file().parent().unwrap().to_owned();
+    renewed.write(&folder, "new");
+    std::fs::rename(folder.join("new.pem"), folder.join("cert.pem")).unwrap();
+    let rest = one_upstream(&[engine.address()], "");
+    let said = proxy.reload(&rest).await;
+    assert!(said.status == 422 && said.text().contains("cert.pem"), "the key does not fit: {}", said.text());
+    std::fs::rename(folder.join("new.key"), folder.join("key.pem")).unwrap();
+    assert_eq!(proxy.reload(&rest).await.status, 200);
+    let (shown, _) = visitor.visit(address, "127.0.0.1").await.unwrap();
+    assert!(shown == renewed.der && shown != old);
+    assert_eq!(kept.ask(&chat()).await.status, 200, "a connection that was there lives on");
+}
+
+#[tokio::test]
+async fn systemd_is_told_when_a_reload_begins_and_when_it_has_ended() {
+    let socket = folder().join("notify");
+    let systemd = tokio::net::UnixDatagram::bind(&socket).unwrap();
+    let engine = Engine::good();
+    let rest = one_upstream(&[engine.address()], "");
+    let mut proxy = Proxy::spawn(&rest, &[("NOTIFY_SOCKET", socket.to_str().unwrap())]);
+    let heard = async || {
+        let mut buffer = [0; 100];
+        let length = within("a message to systemd", systemd.recv(&mut buffer)).await.unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    assert_eq!(heard().await, "READY=1");
+    proxy.signal("HUP");
+    assert_eq!([heard().await, heard().await], ["RELOADING=1", "READY=1"]);
+    proxy.listens().await;
+    assert_eq!(proxy.reload("upstreams: 7\n").await.status, 422);
+    assert_eq!([heard().await, heard().await], ["RELOADING=1", "READY=1"]);
+    proxy.signal("TERM");
+    assert_eq!(heard().await, "STOPPING=1");
+    assert!(proxy.exit().await.success());
 }
