@@ -102,6 +102,8 @@ fn decode<T: for<'de> serde::Deserialize<'de>, U>(
     text: &str,
     complete: impl FnOnce(T, &Reading<T>) -> (Option<U>, Vec<Flaw>),
 ) -> Result<U, Report> {
+    // To the parser a byte order mark is a column, and the key behind it indented otherwise than the next.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let refused = |problem: Problem| Report::new(name, text, vec![problem]);
     if let Some((before, c)) = text.find(is_forbidden).map(|at| text.split_at(at)) {
         let code = c.chars().next().map_or(0, u32::from);

@@ -47,7 +47,7 @@ impl Place {
 
 /// The lines of `text`, cut where YAML cuts them.
 pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
-    let mut rest = Some(text.strip_prefix('\u{feff}').unwrap_or(text));
+    let mut rest = Some(text);
     std::iter::from_fn(move || {
         let all = rest?;
         let Some(end) = all.find(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']) else { return rest.take() };
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn lines_are_counted_as_yaml_counts_them() {
-        assert_eq!(lines("\u{feff}a\r\nb\rc\u{2028}d\n").collect::<Vec<_>>(), ["a", "b", "c", "d", ""]);
+        assert_eq!(lines("a\r\nb\rc\u{2028}d\n").collect::<Vec<_>>(), ["a", "b", "c", "d", ""]);
         assert_eq!(lines("").collect::<Vec<_>>(), [""]);
     }
 }

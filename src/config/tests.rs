@@ -105,6 +105,16 @@ fn known_keys(tree: &Tree, path: &Path) -> Option<BTreeSet<&'static str>> {
 }
 
 #[test]
+fn a_byte_order_mark_changes_nothing() {
+    assert_eq!(read(&format!("\u{feff}{REFERENCE}")), read(REFERENCE));
+    let refused = |text: &str| built_in(text, FsPath::new("/nowhere")).unwrap_err();
+    let places = |report: Report| report.problems().iter().map(Problem::place).collect::<Vec<_>>();
+    for text in ["listeners:\n", "listeners: [\n", "a: 1\nb: 2\n"] {
+        assert_eq!(places(refused(&format!("\u{feff}{text}"))), places(refused(text)), "{text}");
+    }
+}
+
+#[test]
 fn the_minimal_file_needs_five_lines() {
     let config = read(MINIMAL);
     assert_eq!(
