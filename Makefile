@@ -1,7 +1,7 @@
 # Two commands: `make demo` shows what Plimsoll is for, `make test` proves that it works.
 # Both share one build profile, so the second one builds nothing twice.
 
-.PHONY: demo test tools release install-cmake
+.PHONY: demo test fuzz tools release install-cmake
 
 demo: tools
 	cargo run --locked -- demo
@@ -12,6 +12,22 @@ test: tools
 	cargo clippy --locked --all-targets -- --deny warnings
 	cargo test --locked
 	RUSTDOCFLAGS="--deny warnings" cargo doc --locked --no-deps
+
+# Any bytes against the properties in tests/fuzz, each target for FUZZ_SECONDS: an hour in all, on one core. What the
+# fuzzer makes stays in target/fuzz, a finding in tests/fuzz/artifacts.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= config digest metrics preface request stream
+
+fuzz: tools
+	@command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing: cargo install cargo-fuzz --locked"; exit 1; }
+	@cargo +nightly --version >/dev/null 2>&1 || { echo "nightly is missing: rustup toolchain install nightly"; exit 1; }
+	cp Cargo.lock tests/fuzz/Cargo.lock
+	@set -e; for target in $(FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/corpus/$$target; \
+		nice -n 19 cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz $$target \
+			target/fuzz/corpus/$$target tests/fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=2048 -print_funcs=0 -rss_limit_mb=2048 -timeout=10 -print_final_stats=1; \
+	done
 
 # What ships: fat LTO, symbols kept. Takes its time.
 release: tools
