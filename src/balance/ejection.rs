@@ -8,7 +8,9 @@
 //!   `fail_timeout`.
 //! * A *suspect* one (5xx, connection lost before the first byte, timeout) may be the request's fault. It
 //!   counts at once if another backend answered the same request. Otherwise it is held: it counts when
-//!   `max_fails` of them come in a row on this backend while others succeed, and a success here clears it.
+//!   `max_fails` of them come in a row on this backend while others succeed, and a success here clears it. If no other
+//!   was asked meanwhile, as when a lone session keeps to a vLLM that drains with 500s (research/engines.md s.3.3), it
+//!   is left alone for a moment, so that another is.
 //! * *Back-pressure* (429, 503) never counts; the backend cools down for as long as it asked.
 //! * At most [`limit`] backends are ejected together.
 //! * Ejections in a row last longer each: `n` times `fail_timeout` for the n-th, up to ten times, give or take
@@ -38,6 +40,9 @@ const LONGEST: u32 = 10;
 
 /// An ejection is this part shorter or longer, at most.
 const JITTER: f64 = 0.2;
+
+/// How long a backend that keeps failing is left alone, to see whether another would not.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// The record of one backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,7 +85,7 @@ impl Record {
         now < self.cooling_until
     }
 
-    /// Leaves the backend alone for `span`, because it said it is full.
+    /// Leaves the backend alone for `span`, because it said it is full, or to see whether another is better.
     pub fn cool(&mut self, now: Time, span: Duration) {
         self.cooling_until = self.cooling_until.max(now + span);
     }
@@ -128,7 +133,11 @@ impl Record {
             Fault::None | Fault::BackPressure => return false,
             Fault::Suspect if !elsewhere => {
                 self.suspects += 1;
-                return self.overtaken && self.suspects >= rule.max_fails;
+                let many = self.suspects >= rule.max_fails;
+                if many && !self.overtaken {
+                    self.cool(now, PAUSE);
+                }
+                return self.overtaken && many;
             }
             Fault::Suspect | Fault::Certain => {}
         }
@@ -205,6 +214,18 @@ mod tests {
         assert_eq!(faults_until_ejection(&mut failing, Fault::Certain, false, at(40)), Some(1));
         record.succeed(at(40));
         assert_eq!(faults_until_ejection(&mut record, Fault::Certain, false, at(41)), Some(3));
+    }
+
+    #[test]
+    fn a_backend_that_only_fails_makes_room_for_another_to_show_whose_fault_it_is() {
+        let mut record = Record::default();
+        for _ in 0..RULE.max_fails {
+            assert!(!record.cooling(at(1)));
+            assert!(!record.fail(RULE, Fault::Suspect, false, at(1)));
+        }
+        assert!(record.cooling(at(1)) && !record.cooling(at(2)));
+        record.overtake();
+        assert!(record.fail(RULE, Fault::Suspect, false, at(3)));
     }
 
     #[test]

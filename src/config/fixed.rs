@@ -39,7 +39,8 @@ mod tests {
     fn only_what_cannot_change_is_told() {
         let read = |text: &str| serde_yaml::from_str::<Config>(text).unwrap();
         let before = read("listeners: [{address: 'a:1'}]\nupstreams: {u: {backends: ['b:1']}}");
-        let live = "limits: {body: 1MiB}\nlisteners: [{address: 'a:1', http2: true}]\nupstreams: {u: {backends: ['b:2']}}";
+        let live = "limits: {body: 1MiB}\nlisteners: [{address: 'a:1', http2: true}]\n\
+                    upstreams: {u: {backends: ['b:2']}}";
         assert_eq!(before.fixed_differences(&read(live)), [""; 0]);
         let fixed = "server: {threads: 77}\nlisteners: [{address: 'a:2'}]\nadmin: {address: '127.0.0.1:1'}";
         let told = ["server.threads", "the addresses of listeners", "admin", "keepalive.connections"];

@@ -69,8 +69,9 @@ impl std::fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// Runs what the configuration in `file`, which is read and may name any of `policies`, describes, until a signal ends it.
-/// With `upgrade`, the listening sockets are taken over from the process that runs already.
+/// Runs what `config` describes until a signal ends it, and what `file`, from which it was read and which may name any
+/// of `policies`, describes after a reload. With `upgrade`, the listening sockets are taken over from the process that
+/// runs already.
 pub fn run(file: &Path, config: Config, policies: &Policies, upgrade: bool) -> Result<(), StartError> {
     let clock = Clock::start();
     raise_open_files(config.server.open_files);
@@ -222,8 +223,8 @@ fn write_pid(path: &Path) -> Result<(), StartError> {
         .map_err(|e| StartError(format!("cannot write the pid file {}: {e}", path.display())))
 }
 
-/// Watches for SIGHUP from now on, which ends a process that does not. The handler stays when the runtime goes in which it
-/// was installed.
+/// Watches for SIGHUP from now on, which ends a process that does not. The handler stays when the runtime goes in
+/// which it was installed.
 fn watch_hangup() -> io::Result<Signal> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { signal(SignalKind::hangup()) })

@@ -4,8 +4,9 @@
 //! read and check the file -> plan what may fail -> upstreams over the old state -> swap -> probe and poll the new ones
 //! ```
 //!
-//! What is wrong with the file or the plan changes nothing. Requests in flight end as they began; connections stay; what
-//! is known of a backend stays with its address. What a running process cannot change is said, and waits for a restart.
+//! What is wrong with the file or the plan changes nothing. Requests in flight end as they began; connections stay;
+//! what is known of a backend stays with its address. What a running process cannot change is said, and waits for a
+//! restart.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use crate::support::engine::{Answer, Engine, Gate, Seen, delta};
 use crate::support::stage::{before, chat, counts, reply, sent};
 use crate::support::wait_until;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 #[tokio::test]
 async fn a_backend_that_returns_is_tried_by_one_request_and_gets_others_when_that_is_answered() {
@@ -91,5 +91,39 @@ async fn a_backend_that_falls_silent_gets_no_more_requests_and_keeps_its_stream(
         assert!(reply.status == 200 && reply.complete, "{}", reply.text());
     }
     proxy.counts("plimsoll_backend_stalled", &[], 0.0).await;
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_lone_session_does_not_stay_with_a_backend_that_only_fails() {
+    let first = Arc::new(AtomicU64::new(u64::MAX));
+    let engines: [Engine; 2] = std::array::from_fn(|number| {
+        let (first, number) = (first.clone(), number as u64);
+        Engine::start(move |_| {
+            // Whoever is asked first drains, as vLLM does: healthy, and 500 to every chat.
+            let _later = first.compare_exchange(u64::MAX, number, SeqCst, SeqCst);
+            let status = if first.load(SeqCst) == number { 500 } else { 200 };
+            Answer::json(status, "{}")
+        })
+    });
+    let proxy = before(&engines, "policy: prefix_hash, fail_timeout: 60s").await;
+    let asked = chat().with("x-session-id", "one");
+    let mut failed = 0;
+    wait_until("the session to be served elsewhere", async || {
+        let served = proxy.ask(&asked).await.status == 200;
+        failed += usize::from(!served);
+        served
+    })
+    .await;
+    assert_eq!(failed, 3, "`max_fails` of them");
+    proxy.counts("plimsoll_backend_up", &[], 2.0).await;
+    wait_until("its next fault, which counts now", async || {
+        proxy.ask(&asked).await;
+        proxy.metrics().await.sum("plimsoll_ejections_total", &[("reason", "status_500")]) == 1.0
+    })
+    .await;
+    for _ in 0..4 {
+        assert_eq!(proxy.ask(&asked).await.status, 200);
+    }
     proxy.assert_at_rest().await;
 }

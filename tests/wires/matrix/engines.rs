@@ -76,7 +76,7 @@ rows! {
 
     it_says_nothing_until_the_read_timeout =>
         Row::one(Ill::Does(silence), End::own(504, "upstream_timeout", 1), 1)
-            .upstream("timeouts: { read: 1s }");
+            .upstream("timeouts: { read: 1s }").next(Next::Unasked);
 
     it_says_nothing_and_a_timeout_is_worth_a_retry =>
         Row::one(Ill::Does(silence), End::good(2).error("timeout"), 2)
@@ -97,7 +97,7 @@ rows! {
             1,
         )
         .streamed()
-        .upstream("timeouts: { read: 1s }");
+        .upstream("timeouts: { read: 1s }").next(Next::Unasked);
 
     an_error_of_500_is_the_first_event_of_a_200 =>
         Row::one(Ill::Does(error_first), End::good(2).error("stream_error"), 2)
@@ -138,20 +138,20 @@ rows! {
         .charged(Charged::Place);
 
     it_closes_in_the_middle_of_a_stream =>
-        Row::one(Ill::Does(|gate| begun(gate).close()), CUT, 1).streamed().charged(Charged::Place);
+        Row::one(Ill::Does(|gate| begun(gate).close()), CUT, 1).streamed().charged(Charged::Place).next(Next::Unasked);
 
     it_resets_the_connection_in_the_middle_of_a_stream =>
-        Row::one(Ill::Does(|gate| begun(gate).reset()), CUT, 1).streamed().charged(Charged::Place);
+        Row::one(Ill::Does(|gate| begun(gate).reset()), CUT, 1).streamed().charged(Charged::Place).next(Next::Unasked);
 
     it_closes_in_the_middle_of_an_event =>
         Row::one(Ill::Does(|gate| begun(gate).chunk("data: {\"choi").close()), CUT, 1)
             .streamed()
-            .charged(Charged::Place);
+            .charged(Charged::Place).next(Next::Unasked);
 
     it_closes_in_the_middle_of_a_chunk =>
         Row::one(Ill::Does(|gate| begun(gate).write("100\r\ndata: {\"choices").close()), CUT, 1)
             .streamed()
-            .charged(Charged::Place);
+            .charged(Charged::Place).next(Next::Unasked);
 
     it_falls_silent_in_the_middle_of_a_stream =>
         Row::one(
@@ -161,7 +161,7 @@ rows! {
         )
         .streamed()
         .charged(Charged::Place)
-        .upstream("timeouts: { read: 1s }");
+        .upstream("timeouts: { read: 1s }").next(Next::Unasked);
 
     it_closes_in_the_middle_of_an_answer_of_known_length =>
         Row::one(
@@ -172,7 +172,7 @@ rows! {
             End::cut(Gets::Truncated, "closed"),
             1,
         )
-        .charged(Charged::Place);
+        .charged(Charged::Place).next(Next::Unasked);
 }
 
 #[tokio::test]

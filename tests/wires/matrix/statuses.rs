@@ -47,10 +47,10 @@ rows! {
     it_answers_429_with_a_retry_after =>
         passes(says_when::<429>, 429, Some(WAIT), "client_error").error("status_429").next(Next::Other);
 
-    it_answers_500 => passes(says::<500>, 500, None, "engine_error").error("status_500");
+    it_answers_500 => passes(says::<500>, 500, None, "engine_error").error("status_500").next(Next::Unasked);
 
     it_answers_500_with_a_retry_after =>
-        passes(says_when::<500>, 500, Some(WAIT), "engine_error").error("status_500");
+        passes(says_when::<500>, 500, Some(WAIT), "engine_error").error("status_500").next(Next::Unasked);
 
     it_answers_500_and_that_is_worth_a_retry =>
         moves(says::<500>, "status_500")
@@ -78,10 +78,10 @@ rows! {
     every_backend_answers_503_with_a_retry_after =>
         passes_twice(says_when::<503>, 503, Some(WAIT), "status_503");
 
-    it_answers_504 => passes(says::<504>, 504, None, "engine_error").error("status_504");
+    it_answers_504 => passes(says::<504>, 504, None, "engine_error").error("status_504").next(Next::Unasked);
 
     it_answers_504_with_a_retry_after =>
-        passes(says_when::<504>, 504, Some(WAIT), "engine_error").error("status_504");
+        passes(says_when::<504>, 504, Some(WAIT), "engine_error").error("status_504").next(Next::Unasked);
 
     a_retry_is_switched_off_and_it_answers_503 =>
         passes(says::<503>, 503, None, "engine_error")
