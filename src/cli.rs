@@ -3,7 +3,7 @@
 //! A binary with policies of its own has the same commands: its `main` hands them to [`main_with`].
 
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -53,6 +53,15 @@ enum Command {
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Show how the backends of the running balancer are.
+    Status {
+        /// The configuration file that it runs with.
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        /// As JSON, with all there is.
+        #[arg(long)]
+        json: bool,
+    },
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -92,15 +101,16 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             },
             Err(report) => invalid(&report),
         },
-        Command::Reload { config } => match config::load(&config, policies) {
-            Ok(config) => match config.admin.as_ref().map(control::reload) {
-                Some(Ok(said)) => say(&said),
-                Some(Err(why)) => exit(Err(why)),
-                None => exit(Err(
-                    "without `admin` in the configuration nobody can be asked; send SIGHUP, and read the log",
-                )),
-            },
-            Err(report) => invalid(&report),
+        Command::Reload { config } => match admin(&config, policies) {
+            Ok(admin) => answer(control::reload(&admin)),
+            Err(code) => code,
+        },
+        Command::Status { config, json } => match admin(&config, policies) {
+            Ok(admin) => {
+                let status = control::status(&admin);
+                answer(if json { status } else { status.map(|status| control::status_table(&status)) })
+            }
+            Err(code) => code,
         },
         Command::Key { name } => match new_key() {
             Ok(key) => {
@@ -118,6 +128,21 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Err(simulate::Failure::Invalid(report)) => invalid(&report),
             Err(why) => exit(Err(why)),
         },
+    }
+}
+
+/// Where the balancer that runs with this configuration can be asked.
+fn admin(file: &Path, policies: &Policies) -> Result<config::Admin, ExitCode> {
+    let config = config::load(file, policies).map_err(|report| invalid(&report))?;
+    config
+        .admin
+        .ok_or_else(|| exit(Err(format!("without `admin` in {} nobody can be asked", file.display()))))
+}
+
+fn answer(result: Result<String, String>) -> ExitCode {
+    match result {
+        Ok(said) => say(&said),
+        Err(why) => exit(Err(why)),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What another process of ours is asked over its admin listener: `plimsoll reload`.
+//! What another process of ours is asked over its admin listener: `plimsoll reload`, `plimsoll status`.
 //!
 //! Where that listener is, and which token it wants, is in the configuration that both have read.
 
@@ -6,6 +6,8 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
+
+use serde_json::Value;
 
 use crate::config::{Admin, AdminAddress};
 
@@ -17,11 +19,82 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// # Errors
 /// Why it has not done so, or that nobody is there.
 pub fn reload(admin: &Admin) -> Result<String, String> {
+    told(admin, "POST", "/reload")
+}
+
+/// Asks the process behind `admin` how its backends are: JSON, as `/status` has it.
+///
+/// # Errors
+/// Why it does not tell, or that nobody is there.
+pub fn status(admin: &Admin) -> Result<String, String> {
+    told(admin, "GET", "/status")
+}
+
+/// What [`status`] says, as a table for people; as it is if it cannot be read.
+pub fn status_table(json: &str) -> String {
+    let Ok(status) = serde_json::from_str::<Value>(json) else { return json.to_owned() };
+    let mut out = format!("plimsoll {}\n", status["version"].as_str().unwrap_or("?"));
+    for (name, upstream) in status["upstreams"].as_object().into_iter().flatten() {
+        out += &format!("\n{name}, {}\n", upstream["policy"].as_str().unwrap_or("?"));
+        let mut rows = vec![HEADINGS.map(str::to_owned)];
+        rows.extend(upstream["backends"].as_array().into_iter().flatten().map(row));
+        let widths: Vec<usize> =
+            (0..HEADINGS.len()).map(|at| rows.iter().map(|row| row[at].len()).max().unwrap_or(0)).collect();
+        for row in rows {
+            let cells = row.iter().zip(&widths).enumerate();
+            let line: Vec<String> = cells
+                .map(
+                    |(at, (cell, width))| {
+                        if at < 2 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                    },
+                )
+                .collect();
+            out += &format!("  {}\n", line.join("  ").trim_end());
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out
+}
+
+const HEADINGS: [&str; 10] =
+    ["backend", "state", "weight", "pending", "active", "context", "share", "running", "waiting", "kv"];
+
+/// A backend's line in the table.
+fn row(backend: &Value) -> [String; HEADINGS.len()] {
+    let is = |key: &str| backend[key].as_bool() == Some(true);
+    let states = ["ejected", "stalled", "on_trial", "cooling", "strained"];
+    let state = match states.into_iter().find(|key| is(key)) {
+        _ if !is("healthy") => "down",
+        Some("on_trial") => "on trial",
+        Some(state) => state,
+        None => "up",
+    };
+    let number = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), |number| number.to_string());
+    let percent = |value: &Value| {
+        value.as_f64().map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", part * 100.0))
+    };
+    let engine = &backend["engine"];
+    [
+        backend["address"].as_str().unwrap_or("?").to_owned(),
+        state.to_owned(),
+        number(&backend["weight"]),
+        number(&backend["pending_tokens"]),
+        number(&backend["active_requests"]),
+        number(&backend["context_tokens"]),
+        percent(&backend["share"]),
+        number(&engine["running"]),
+        number(&engine["waiting"]),
+        percent(&engine["kv_usage"]),
+    ]
+}
+
+/// The body of a good answer, or why there is none.
+fn told(admin: &Admin, method: &str, path: &str) -> Result<String, String> {
     let whom = match &admin.address {
         AdminAddress::Tcp(address) => address.clone(),
         AdminAddress::Unix(socket) => format!("unix:{}", socket.display()),
     };
-    match ask(admin, "POST", "/reload") {
+    match ask(admin, method, path) {
         Ok((200, said)) => Ok(said.trim_end().to_owned()),
         Ok((401, _)) => Err(format!("the process at {whom} wants another token than `admin.token`")),
         Ok((_, why)) => Err(why.trim_end().to_owned()),
@@ -68,6 +141,33 @@ fn parse(answer: &str) -> Option<(u16, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_is_a_table_with_the_worst_that_is_true_of_each_backend() {
+        let backend = |address: &str, more: &str| {
+            format!(
+                r#"{{"address":"{address}","weight":1,"healthy":true,"pending_tokens":1200,"active_requests":3,
+                    "context_tokens":9,"share":0.25{more}}}"#
+            )
+        };
+        let backends = [
+            backend("10.0.0.1:8000", r#","engine":{"running":3,"waiting":0,"kv_usage":0.413}"#),
+            backend("10.0.0.10:8000", r#","ejected":true,"cooling":true,"engine":null"#),
+        ];
+        let status = format!(
+            r#"{{"version":"0.1.0","upstreams":{{"llama":{{"policy":"round_robin","backends":[{}]}}}}}}"#,
+            backends.join(",")
+        );
+        assert_eq!(
+            status_table(&status),
+            "plimsoll 0.1.0\n\nllama, round_robin\n  \
+             backend         state    weight  pending  active  context  share  running  waiting    kv\n  \
+             10.0.0.1:8000   up            1     1200       3        9   25 %        3        0  41 %\n  \
+             10.0.0.10:8000  ejected       1     1200       3        9   25 %        -        -     -"
+        );
+        assert_eq!(status_table("no JSON"), "no JSON");
+        assert_eq!(status_table("{}"), "plimsoll ?");
+    }
 
     #[test]
     fn only_an_answer_is_one() {

@@ -94,6 +94,29 @@ async fn a_hangup_reloads_and_the_command_says_what_came_of_it() {
 }
 
 #[tokio::test]
+async fn the_command_shows_how_the_backends_are() {
+    let engines = [Engine::good(), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin").await;
+    let status = |more: &[&str]| {
+        let output = Command::new(binary())
+            .args(["status", "--config"])
+            .arg(proxy.file())
+            .args(more)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = status(&[]);
+    assert!(table.contains("\nllm, round_robin\n  backend"), "{table}");
+    for engine in &engines {
+        assert!(table.contains(&format!("\n  {}", engine.address())), "{table}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&status(&["--json"])).unwrap();
+    assert_eq!(json["upstreams"]["llm"]["backends"].as_array().map(Vec::len), Some(2));
+}
+
+#[tokio::test]
 async fn what_a_backend_owes_and_how_it_is_outlive_a_reload() {
     let gate = Gate::new();
     let script = gate.clone();
