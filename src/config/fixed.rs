@@ -24,6 +24,8 @@ impl Config {
             ("the addresses of listeners", addresses(self) != addresses(new)),
             ("admin", self.admin != new.admin),
             ("limits.headers for HTTP/2", limits.headers != new.limits.headers),
+            ("limits.client_idle for HTTP/2", limits.client_idle != new.limits.client_idle),
+            ("limits.http2_control_frames", limits.http2_control_frames != new.limits.http2_control_frames),
             ("limits.http2_streams", limits.http2_streams != new.limits.http2_streams),
             ("keepalive.connections", kept(self) != kept(new)),
         ];

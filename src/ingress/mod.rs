@@ -84,8 +84,8 @@ impl<A> Door<A> {
         Self(Arc::new(RwLock::new(Arc::new(ingress))))
     }
 
-    /// From now on new connections go as `config` says. Those there are stay as they are, and so do listeners that are
-    /// not in it any more: they are open until the process ends.
+    /// From now on new connections go as `config` says. Those there are stay as they are. So do the sockets that were
+    /// opened at the start: a listener that is new waits for a restart, one that is gone is served as it was.
     pub fn configure(&self, config: &Config, listeners: Vec<Listener>) {
         let successor = self.0.read().successor(config, listeners);
         *self.0.write() = Arc::new(successor);
@@ -134,10 +134,12 @@ impl<A> Ingress<A> {
 
     /// The front door of the same application, with the same crowd before it, by another configuration.
     fn successor(&self, config: &Config, listeners: Vec<Listener>) -> Self {
-        let mut listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
-        let is_new = |old: &&Arc<Listener>| listeners.iter().all(|listener| listener.address != old.address);
-        let kept: Vec<_> = self.listeners.iter().filter(is_new).cloned().collect();
-        listeners.extend(kept);
+        let mut new: Vec<_> = listeners.into_iter().map(Arc::new).collect();
+        let renewed = |old: &Arc<Listener>| {
+            let place = new.iter().position(|listener| listener.address == old.address);
+            place.map_or_else(|| old.clone(), |place| new.swap_remove(place))
+        };
+        let listeners = self.listeners.iter().map(renewed).collect();
         Self {
             app: self.app.clone(),
             listeners,

@@ -1,9 +1,10 @@
 //! Access: which key a request shows, and how much of its allowance is left.
 //!
-//! A key is found by the start of its SHA-256, and the whole of it is compared in constant time. The allowances
-//! are estimates over the last minute by pingora-limits: all of the present interval, and of the one before it the
-//! part that is less than a minute old. A request and its prompt are counted when they are let in; what the engine
-//! counted takes the place of our estimate at the end.
+//! A key is found by the start of its SHA-256, and the whole of it is compared in constant time. An allowance is counted
+//! in minutes, by counters of pingora-limits: all of the present one, and of the one before it the part that is less than
+//! a minute ago, as if it had been used evenly. (The crate's own `Rate` begins its interval at whatever event comes first
+//! after the last, so what was used once may count for three minutes.) A request and its prompt are counted when they
+//! are let in; what the engine counted takes the place of our estimate at the end.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -12,18 +13,19 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue, header};
 use parking_lot::Mutex;
 use pingora::http::ResponseHeader;
-use pingora_limits::rate::{Rate, RateComponents};
+use pingora_limits::estimator::Estimator;
 use subtle::ConstantTimeEq;
 
 use super::Refusal;
+use crate::clock::Time;
 use crate::config::{self, KeyHash};
 use crate::observe::metrics::{KeyMetrics, Metrics};
 
 /// Where a key may be shown beside `authorization: Bearer`, in the manner of Anthropic's and of Azure's clients.
 const KEY_HEADERS: [&str; 2] = ["x-api-key", "api-key"];
 
-/// What an allowance is per.
-const INTERVAL: Duration = Duration::from_secs(60);
+/// What an allowance is per, in seconds.
+const MINUTE: f64 = 60.0;
 
 /// Every key there is.
 pub(super) struct Keys {
@@ -53,7 +55,8 @@ impl Keys {
         for (name, key) in keys {
             let used = known(name);
             let allowance = |limit: Option<u32>, used: Option<&Allowance>| {
-                limit.map(|limit| Allowance::new(limit, used.map(|used| used.rate.clone())))
+                let window = used.map_or_else(Arc::default, |used| used.window.clone());
+                limit.map(|limit| Allowance { limit, window })
             };
             let live = Key {
                 name: name.clone(),
@@ -106,34 +109,65 @@ pub(super) fn conceal(request: &mut pingora::http::RequestHeader) {
     }
 }
 
+/// Tokens that a request was charged when it was let in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spent {
+    tokens: u64,
+    minute: u64,
+}
+
 impl Key {
-    /// Counts one more request, or refuses it.
-    pub(super) fn admit(&self) -> Result<(), Refusal> {
-        if let Some(wait) = self.tokens.as_ref().and_then(|tokens| tokens.peek(1)) {
+    /// Counts one more request, or refuses it; also one for which no tokens are left, before its body is read.
+    pub(super) fn admit(&self, now: Time) -> Result<(), Refusal> {
+        if let Some(wait) =
+            self.tokens.as_ref().and_then(|tokens| tokens.window.lock().wait(1, tokens.limit, now))
+        {
             return Err(Refusal::rate_limited("tokens", wait));
         }
-        match self.requests.as_ref().and_then(|requests| requests.take(1)) {
+        let Some(requests) = &self.requests else { return Ok(()) };
+        let mut window = requests.window.lock();
+        match window.wait(1, requests.limit, now) {
             Some(wait) => Err(Refusal::rate_limited("requests", wait)),
-            None => Ok(()),
+            None => {
+                window.add(1, now);
+                Ok(())
+            }
         }
     }
 
-    /// Counts `tokens`; fewer than none are given back.
-    pub(super) fn spend(&self, tokens: i64) {
-        if let Some(allowance) = &self.tokens {
-            allowance.add(tokens);
+    /// Charges so many tokens, while any are left.
+    pub(super) fn spend(&self, tokens: u64, now: Time) -> Result<Spent, Refusal> {
+        let Some(allowance) = &self.tokens else { return Ok(Spent { tokens, minute: 0 }) };
+        let mut window = allowance.window.lock();
+        match window.wait(1, allowance.limit, now) {
+            Some(wait) => Err(Refusal::rate_limited("tokens", wait)),
+            None => {
+                window.add(tokens, now);
+                Ok(Spent { tokens, minute: window.minute })
+            }
+        }
+    }
+
+    /// Puts in the place of what was `spent` what it came to. What is given back is only what still counts: it is no
+    /// credit for later.
+    pub(super) fn settle(&self, spent: Spent, tokens: u64, now: Time) {
+        let Some(allowance) = &self.tokens else { return };
+        let mut window = allowance.window.lock();
+        match tokens.checked_sub(spent.tokens) {
+            Some(more) => window.add(more, now),
+            None => window.give_back(spent.tokens - tokens, spent.minute, now),
         }
     }
 
     /// Tells the client what is left of its allowances, in the headers that OpenAI's clients know.
-    pub(super) fn announce(&self, response: &mut ResponseHeader) -> pingora::Result<()> {
+    pub(super) fn announce(&self, response: &mut ResponseHeader, now: Time) -> pingora::Result<()> {
         if let Some(requests) = &self.requests {
             response.insert_header("x-ratelimit-limit-requests", requests.limit)?;
-            response.insert_header("x-ratelimit-remaining-requests", requests.left())?;
+            response.insert_header("x-ratelimit-remaining-requests", requests.left(now))?;
         }
         if let Some(tokens) = &self.tokens {
             response.insert_header("x-ratelimit-limit-tokens", tokens.limit)?;
-            response.insert_header("x-ratelimit-remaining-tokens", tokens.left())?;
+            response.insert_header("x-ratelimit-remaining-tokens", tokens.left(now))?;
         }
         Ok(())
     }
@@ -142,63 +176,85 @@ impl Key {
 /// How much may be used per minute.
 struct Allowance {
     limit: u32,
-    /// Behind a lock because two threads at the end of an interval may make a `Rate` count backwards, which
-    /// panics in a debug build and forgets the interval in a release.
-    rate: Arc<Mutex<Rate>>,
+    window: Arc<Mutex<Window>>,
 }
 
 impl Allowance {
-    /// An allowance of which something may be `used` already.
-    fn new(limit: u32, used: Option<Arc<Mutex<Rate>>>) -> Self {
-        // One key, one counter: nothing to estimate by hashing.
-        let unused = || Arc::new(Mutex::new(Rate::new_with_estimator_config(INTERVAL, 1, 1)));
-        Self { limit, rate: used.unwrap_or_else(unused) }
+    fn left(&self, now: Time) -> u32 {
+        (f64::from(self.limit) - self.window.lock().used(now)).max(0.0) as u32
     }
+}
 
-    /// Takes `amount`; if that is more than what is left, takes nothing and says when it will be there.
-    fn take(&self, amount: u32) -> Option<Duration> {
-        let rate = self.rate.lock();
-        let wait = rate.rate_with(&(), |used| wait(used, self.limit, amount));
-        if wait.is_none() {
-            rate.observe(&(), isize::try_from(amount).unwrap_or(isize::MAX));
+/// What was used in the present minute and in the one before it; minutes since the clock's start.
+struct Window {
+    minute: u64,
+    /// By the minute's last bit. One key, one counter: nothing is estimated by hashing.
+    counts: [Estimator; 2],
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { minute: 0, counts: std::array::from_fn(|_| Estimator::new(1, 1)) }
+    }
+}
+
+impl Window {
+    /// Goes on to `now`: the counts of the last minute and of this one, and how much of this one has passed.
+    fn advance(&mut self, now: Time) -> (f64, f64, f64) {
+        let minutes = now.since(Time::ZERO).as_secs_f64() / MINUTE;
+        let minute = minutes as u64;
+        if minute > self.minute {
+            self.count(minute).reset();
+            if minute > self.minute + 1 {
+                self.count(minute + 1).reset();
+            }
+            self.minute = minute;
         }
-        wait
+        let [before, present] =
+            [self.minute + 1, self.minute].map(|minute| self.count(minute).get(()).max(0) as f64);
+        (before, present, (minutes - self.minute as f64).clamp(0.0, 1.0))
     }
 
-    /// When `amount` will be there; `None` if it is.
-    fn peek(&self, amount: u32) -> Option<Duration> {
-        self.rate.lock().rate_with(&(), |used| wait(used, self.limit, amount))
+    fn count(&self, minute: u64) -> &Estimator {
+        &self.counts[(minute & 1) as usize]
     }
 
-    fn add(&self, amount: i64) {
-        self.rate.lock().observe(&(), isize::try_from(amount).unwrap_or(0));
+    /// What was used in the last sixty seconds.
+    fn used(&mut self, now: Time) -> f64 {
+        let (before, present, passed) = self.advance(now);
+        before * (1.0 - passed) + present
     }
 
-    fn left(&self) -> u32 {
-        let used = self.rate.lock().rate_with(&(), used);
-        (f64::from(self.limit) - used).clamp(0.0, f64::from(self.limit)) as u32
+    fn add(&mut self, amount: u64, now: Time) {
+        self.advance(now);
+        self.count(self.minute).incr((), isize::try_from(amount).unwrap_or(isize::MAX / 2));
     }
-}
 
-/// What was used in the last minute.
-fn used(seen: RateComponents) -> f64 {
-    let before = (seen.prev_samples.max(0) as f64) * (1.0 - seen.current_interval_fraction);
-    (before + seen.curr_samples as f64).max(0.0)
-}
-
-/// How long until `amount` more is within `limit`; `None` if it is already.
-fn wait(seen: RateComponents, limit: u32, amount: u32) -> Option<Duration> {
-    let room = f64::from(limit) - f64::from(amount);
-    if used(seen) <= room {
-        return None;
+    /// Gives back what was used in `minute`, as far as that still counts.
+    fn give_back(&mut self, amount: u64, minute: u64, now: Time) {
+        self.advance(now);
+        if minute + 1 >= self.minute {
+            let count = self.count(minute);
+            count.decr((), isize::try_from(amount).unwrap_or(isize::MAX).min(count.get(())));
+        }
     }
-    let (before, now) = (seen.prev_samples.max(0) as f64, seen.curr_samples.max(0) as f64);
-    let passed = seen.current_interval_fraction;
-    // The fraction of an interval at whose end so little of `count` counts that it is within `room`.
-    let until = |count: f64, room: f64| 1.0 - (room / count).clamp(0.0, 1.0);
-    let intervals =
-        if now <= room { until(before, room - now) - passed } else { 1.0 - passed + until(now, room) };
-    Some(seen.interval.mul_f64(intervals.clamp(0.0, 2.0)))
+
+    /// How long until `amount` more is within `limit`; `None` if it is already.
+    fn wait(&mut self, amount: u32, limit: u32, now: Time) -> Option<Duration> {
+        let room = f64::from(limit) - f64::from(amount);
+        if self.used(now) <= room {
+            return None;
+        }
+        let (before, present, passed) = self.advance(now);
+        // The part of a minute at whose end so little of `count` counts that it is within `room`.
+        let until = |count: f64, room: f64| 1.0 - (room / count).clamp(0.0, 1.0);
+        let minutes = if present <= room {
+            until(before, room - present) - passed
+        } else {
+            1.0 - passed + until(present, room)
+        };
+        Some(Duration::from_secs_f64(MINUTE * minutes.clamp(0.0, 2.0)))
+    }
 }
 
 #[cfg(test)]
@@ -249,60 +305,90 @@ mod tests {
         }
     }
 
-    fn seen(before: isize, now: isize, passed: f64) -> RateComponents {
-        // The type is closed to others, so one of its own is taken and changed.
-        let mut seen = Rate::new(INTERVAL).rate_with(&(), |seen| seen);
-        (seen.prev_samples, seen.curr_samples, seen.current_interval_fraction) = (before, now, passed);
-        seen
+    fn at(seconds: f64) -> Time {
+        Time::ZERO + Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn what_was_used_counts_less_and_less_after_its_minute_and_not_at_all_after_two() {
+        let mut window = Window::default();
+        window.add(100, at(0.0));
+        for (seconds, used) in [(0.0, 100), (59.0, 100), (75.0, 75), (105.0, 25), (119.9, 0), (121.0, 0)] {
+            assert_eq!(window.used(at(seconds)).round() as i64, used, "{seconds}");
+        }
+        // Whenever it is asked first, minutes begin when they begin.
+        let mut late = Window::default();
+        late.add(100, at(0.0));
+        assert_eq!(late.used(at(115.0)).round() as i64, 8);
+        assert_eq!(late.used(at(1_000.0)), 0.0);
     }
 
     #[test]
     fn a_wait_ends_when_there_is_room_and_not_before() {
-        for (before, now, passed, limit) in [
-            (100, 0, 0.0, 50),
-            (100, 40, 0.25, 50),
-            (100, 100, 0.5, 50),
-            (0, 100, 0.9, 50),
-            (60, 50, 0.1, 50),
-        ] {
-            let wait = wait(seen(before, now, passed), limit, 1).unwrap();
-            let at = |later: f64| {
-                let end = passed + wait.as_secs_f64() / INTERVAL.as_secs_f64() + later;
-                let then = if end < 1.0 { seen(before, now, end) } else { seen(now, 0, end - 1.0) };
-                used(then) + 1.0
+        for (before, present, passed) in
+            [(100, 0, 0.0), (100, 40, 15.0), (100, 100, 30.0), (0, 100, 54.0), (60, 50, 6.0)]
+        {
+            let filled = || {
+                let mut window = Window::default();
+                window.add(before, at(30.0));
+                window.add(present, at(60.0));
+                window
             };
-            let case = format!("{before} {now} {passed}: {wait:?}");
-            assert!(at(1e-6) <= f64::from(limit) && at(-0.02) > f64::from(limit), "{case}: {}", at(1e-6));
+            let now = 60.0 + passed;
+            let wait = filled().wait(1, 50, at(now)).unwrap().as_secs_f64();
+            assert_eq!(filled().wait(1, 50, at(now + wait + 0.001)), None, "{before} {present} {passed}");
+            assert!(filled().wait(1, 50, at(now + wait - 1.0)).is_some(), "{before} {present} {passed}");
         }
-        assert_eq!(wait(seen(100, 0, 0.5), 51, 1), None);
-        assert_eq!(used(seen(10, -30, 0.5)), 0.0, "what was given back of an earlier minute is no credit");
+    }
+
+    #[test]
+    fn what_is_given_back_too_late_is_no_credit() {
+        let yaml = format!("{{ a: {{ sha256: {}, tokens_per_minute: 100 }} }}", KeyHash::of(b"sk-a"));
+        let key = keys(&yaml).find(&headers(&[("x-api-key", "sk-a")])).unwrap();
+        let left = |seconds: f64| key.tokens.as_ref().unwrap().left(at(seconds));
+        let spent = key.spend(1_000, at(0.0)).unwrap();
+        assert_eq!(
+            key.spend(1, at(1.0)).unwrap_err().code,
+            "rate_limited",
+            "whoever comes second is too late"
+        );
+        key.settle(spent, 40, at(59.0));
+        assert_eq!(left(59.0), 60);
+        let spent = key.spend(1_000, at(180.0)).unwrap();
+        assert!(key.spend(1, at(290.0)).is_err());
+        key.settle(spent, 0, at(299.0));
+        assert_eq!(left(299.0), 100, "given back in the minute after it");
+        let spent = key.spend(1_000, at(400.0)).unwrap();
+        key.settle(spent, 0, at(700.0));
+        key.spend(100, at(700.0)).unwrap();
+        assert_eq!((left(700.0), key.admit(at(700.0)).is_err()), (0, true));
     }
 
     #[test]
     fn a_new_configuration_finds_what_a_key_has_used() {
         let before =
             keys(&format!("{{ a: {{ sha256: {}, requests_per_minute: 2 }} }}", KeyHash::of(b"sk-a")));
-        before.find(&headers(&[("x-api-key", "sk-a")])).unwrap().admit().unwrap();
+        before.find(&headers(&[("x-api-key", "sk-a")])).unwrap().admit(at(0.0)).unwrap();
         let yaml = format!("{{ a: {{ sha256: {}, requests_per_minute: 3 }} }}", KeyHash::of(b"sk-b"));
         let after = Keys::new(&serde_yaml::from_str(&yaml).unwrap(), &Metrics::new().unwrap(), Some(&before));
         let key = after.unwrap().find(&headers(&[("x-api-key", "sk-b")])).unwrap();
         let allowance = key.requests.as_ref().unwrap();
         assert_eq!(
-            (allowance.limit, allowance.left()),
+            (allowance.limit, allowance.left(at(0.0))),
             (3, 2),
             "a key that was changed keeps its name and its use"
         );
     }
 
     #[test]
-    fn what_is_refused_is_not_counted_and_what_is_given_back_is_there_again() {
-        let allowance = Allowance::new(10, None);
-        assert_eq!((allowance.take(10), allowance.left()), (None, 0));
-        assert!(allowance.take(1).is_some() && allowance.take(1).is_some());
-        allowance.add(-4);
-        assert_eq!((allowance.left(), allowance.peek(4)), (4, None));
-        assert!(allowance.peek(5).is_some());
-        allowance.add(1_000_000);
-        assert_eq!(allowance.left(), 0);
+    fn what_is_refused_is_not_counted() {
+        let yaml = format!("{{ a: {{ sha256: {}, requests_per_minute: 2 }} }}", KeyHash::of(b"sk-a"));
+        let key = keys(&yaml).find(&headers(&[("x-api-key", "sk-a")])).unwrap();
+        assert!(key.admit(at(0.0)).is_ok() && key.admit(at(0.0)).is_ok());
+        for _ in 0..100 {
+            let refusal = key.admit(at(1.0)).unwrap_err();
+            assert_eq!((refusal.code, refusal.retry_after), ("rate_limited", Some(89)));
+        }
+        assert!(key.admit(at(90.0)).is_ok());
     }
 }

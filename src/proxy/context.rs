@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use pingora::http::ResponseHeader;
 use tokio::sync::Notify;
 
-use super::access::Key;
+use super::access::{Key, Spent};
 use super::body::Body;
 use super::setup::Setup;
 use super::tap::Tap;
@@ -90,6 +90,8 @@ pub struct Context {
     pub(super) client: Option<IpAddr>,
     /// The key that was shown, where keys are asked for.
     pub(super) key: Option<Arc<Key>>,
+    /// What it was charged.
+    pub(super) spent: Option<Spent>,
     pub(super) body: Option<Body>,
     pub(super) body_bytes: usize,
     pub(super) digest: Option<Digest>,
@@ -169,6 +171,7 @@ impl Context {
             id: String::new(),
             client: None,
             key: None,
+            spent: None,
             body: None,
             body_bytes: 0,
             digest: None,

@@ -37,10 +37,12 @@ impl Proxy {
     /// Refuses who shows no key, where keys are asked for; false if the request may go on. `/health` is for
     /// balancers in front of us, which have none.
     pub(super) async fn refuse_stranger(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        let Some(keys) = ctx.setup.keys.as_ref().filter(|_| session.req_header().uri.path() != HEALTH) else {
+        let Some(keys) = &ctx.setup.keys else { return Ok(false) };
+        let request = session.req_header();
+        if request.uri.path() == HEALTH && is_question(request) {
             return Ok(false);
-        };
-        match keys.find(&session.req_header().headers) {
+        }
+        match keys.find(&request.headers) {
             Ok(key) => {
                 ctx.key = Some(key);
                 Ok(false)
@@ -55,7 +57,7 @@ impl Proxy {
     /// Answers what needs no engine; false if the request is not such a one.
     pub(super) async fn answer_locally(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let request = session.req_header();
-        if request.method != http::Method::GET && request.method != http::Method::HEAD {
+        if !is_question(request) {
             return Ok(false);
         }
         let key = ctx.key.as_ref().map(|key| key.name.as_str());
@@ -88,7 +90,7 @@ impl Proxy {
     pub(super) async fn take_in(&self, session: &mut Session, ctx: &mut Context) -> Result<(), Unread> {
         let key = ctx.key.clone();
         if let Some(key) = &key {
-            key.admit().map_err(Unread::Refused)?;
+            key.admit(self.clock.now()).map_err(Unread::Refused)?;
         }
         ctx.body = body::read(session.as_downstream_mut(), &ctx.setup.limits, self.clock, &self.room).await?;
         let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
@@ -106,7 +108,7 @@ impl Proxy {
         let request = upstream.price(digest, ctx.session);
         ctx.prompt_tokens = request.prompt_tokens;
         if let Some(key) = &key {
-            key.spend(ctx.prompt_tokens.cast_signed());
+            ctx.spent = Some(key.spend(ctx.prompt_tokens, self.clock.now()).map_err(Unread::Refused)?);
         }
         let admitted = tokio::select! {
             biased;
@@ -149,6 +151,11 @@ impl Proxy {
         }
         Ok(())
     }
+}
+
+/// Whether it only asks, and nothing is to be done: what may be answered on the spot.
+fn is_question(request: &RequestHeader) -> bool {
+    request.method == http::Method::GET || request.method == http::Method::HEAD
 }
 
 /// The client's id if it is one (1 to 128 visible ASCII characters), else a new one.

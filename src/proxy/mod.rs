@@ -112,6 +112,11 @@ impl Proxy {
         *self.setup.write() = Arc::new(setup);
     }
 
+    /// Whether the process has been told to stop.
+    pub fn is_stopping(&self) -> bool {
+        self.in_flight.is_stopping()
+    }
+
     /// The upstreams, as they are now.
     pub fn upstreams(&self) -> Vec<Arc<Upstream>> {
         self.setup.read().upstreams.clone()
@@ -172,8 +177,7 @@ impl ProxyHttp for Proxy {
             Some(charge) => Some(charge),
             None => upstream.assign(&upstream.price(digest, ctx.session), &ctx.tried),
         };
-        let Some((charge, live)) =
-            charge.and_then(|c| upstream.live(&c.address).cloned().map(|live| (c, live)))
+        let Some((charge, live)) = charge.and_then(|c| upstream.live(&c.address).map(|live| (c, live)))
         else {
             return Error::e_explain(ErrorType::ConnectNoRoute, "no other backend is left")
                 .map_err(|e: BError| e.into_up());
@@ -224,7 +228,7 @@ impl ProxyHttp for Proxy {
         }
         request.insert_header(REQUEST_ID, ctx.id.as_str())?;
         Origin::of(session, &ctx.setup.trusted).announce(request)?;
-        if ctx.key.is_some() {
+        if ctx.setup.keys.is_some() {
             access::conceal(request);
         }
         if let Some(authorization) = &upstream.authorization {
@@ -293,7 +297,7 @@ impl ProxyHttp for Proxy {
         forward::keep_end_to_end(response);
         response.insert_header(REQUEST_ID, ctx.id.as_str())?;
         if let Some(key) = &ctx.key {
-            key.announce(response)?;
+            key.announce(response, self.clock.now())?;
         }
         self.close_if_stopping(session);
         let is_http10 = session.req_header().version == http::Version::HTTP_10;

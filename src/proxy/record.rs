@@ -5,6 +5,7 @@ use pingora_proxy::Session;
 
 use super::{Context, Proxy};
 use crate::balance::retry::Failure;
+use crate::clock::Time;
 use crate::observe::Outcome;
 use crate::observe::access_log::Entry;
 use crate::prompt::Usage;
@@ -15,7 +16,7 @@ impl Proxy {
         let outcome = outcome(e, ctx);
         let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
         self.count(ctx, outcome, usage);
-        settle(ctx, outcome, usage);
+        settle(ctx, outcome, usage, self.clock.now());
         if ctx.setup.observe.access_log {
             self.log(session, ctx, outcome, usage);
         }
@@ -73,7 +74,7 @@ impl Proxy {
 /// Puts in place of the estimate that the key was charged what the engine counted. Of an answer without
 /// `usage`, or that its client did not wait for, the prompt is as it was estimated and each read of a stream is
 /// a token. A request that came to nothing costs nothing.
-fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
+fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>, now: Time) {
     use Outcome::{ClientGone, Cut, Ok};
     let Some(key) = &ctx.key else { return };
     key.metrics.count(outcome);
@@ -85,8 +86,9 @@ fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
     };
     key.metrics.prompt_tokens.inc_by(prompt);
     key.metrics.completion_tokens.inc_by(completion);
-    let spent = i64::try_from(prompt.saturating_add(completion)).unwrap_or(i64::MAX);
-    key.spend(spent.saturating_sub_unsigned(ctx.prompt_tokens));
+    if let Some(spent) = ctx.spent {
+        key.settle(spent, prompt.saturating_add(completion), now);
+    }
 }
 
 /// Why we refused, or the last failure; an error late in a stream is one that nobody could act on.

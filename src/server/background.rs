@@ -88,7 +88,7 @@ impl Background {
     /// signal.
     async fn drain(&self) {
         notify("STOPPING=1");
-        let drain_timeout = self.reloader.running.lock().server.drain_timeout;
+        let drain_timeout = *self.reloader.drain_timeout.lock();
         let terminate = signal(SignalKind::terminate());
         let mut again = terminate.inspect_err(|e| log::error!("SIGTERM cannot be watched error={e}")).ok();
         log::info!("draining in_flight={}", self.in_flight.count());

@@ -50,6 +50,9 @@ const ATTEMPTS_LIMIT: usize = 64;
 /// their time has come, needed or not: ten minutes of them on every thread, with a read timeout of ten minutes.
 const CHEAP_TIMERS: u64 = 1;
 
+/// Longer than any drain, in seconds.
+const FOREVER: u64 = 10 * 366 * 24 * 3600;
+
 /// HTTP/2 windows: a prompt of a megabyte should not need sixteen round trips.
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
@@ -84,6 +87,7 @@ pub fn run(file: &Path, config: Config, policies: &Policies, upgrade: bool) -> R
     let mut probes = Probes::default();
     let upstreams = plan.upstreams(&config, &[], clock, &metrics, &mut probes);
     probes.publish();
+    upstreams.iter().for_each(|upstream| upstream.adopt_health());
     let mut server = Server::new_with_opt_and_conf(Opt { upgrade, ..Opt::default() }, server_conf(&config));
     server.bootstrap();
     let proxy = Proxy::new(&config, upstreams.clone(), clock, metrics.clone());
@@ -103,6 +107,7 @@ pub fn run(file: &Path, config: Config, policies: &Policies, upgrade: bool) -> R
         metrics: metrics.clone(),
         proxy: proxy.clone(),
         door,
+        drain_timeout: Mutex::new(config.server.drain_timeout),
         running: Mutex::new(config),
         generations: watch::Sender::new(Arc::new(Generation { upstreams, probes })),
     });
@@ -154,7 +159,8 @@ fn server_conf(config: &Config) -> ServerConf {
         threads,
         upstream_keepalive_pool_size: connections.div_ceil(threads).max(1),
         max_retries: ATTEMPTS_LIMIT,
-        grace_period_seconds: Some(config.server.drain_timeout.as_secs()),
+        // The drain ends the process itself, in its own time.
+        grace_period_seconds: Some(FOREVER),
         graceful_shutdown_timeout_seconds: Some(0),
         fast_timeout_to_tokio_threshold_seconds: Some(CHEAP_TIMERS),
         ..ServerConf::default()
@@ -230,7 +236,7 @@ fn watch_hangup() -> io::Result<Signal> {
     runtime.block_on(async { signal(SignalKind::hangup()) })
 }
 
-/// Each stream takes two descriptors, and the usual soft limit is 1,024.
+/// Each stream takes three descriptors, and the usual soft limit is 1,024.
 fn raise_open_files(wanted: Option<u32>) {
     let wanted_limit = wanted.map_or(rlimit::INFINITY, u64::from);
     let raised = rlimit::Resource::NOFILE.get().and_then(|(soft, hard)| {

@@ -10,6 +10,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pingora_proxy::HttpProxy;
@@ -41,8 +42,10 @@ pub(super) struct Reloader {
     pub(super) metrics: Arc<Metrics>,
     pub(super) proxy: Proxy,
     pub(super) door: Door<HttpProxy<Proxy>>,
-    /// The configuration that runs.
+    /// The configuration that runs; held for as long as a reload takes, so that there is one at a time.
     pub(super) running: Mutex<Config>,
+    /// Of it, what the drain needs, which must not wait for a reload.
+    pub(super) drain_timeout: Mutex<Duration>,
     pub(super) generations: watch::Sender<Arc<Generation>>,
 }
 
@@ -60,23 +63,29 @@ impl Reloader {
             Ok(done) => log::info!("reloaded file={} {done}", self.file.display()),
             Err(why) => log::error!("not reloaded, nothing has changed file={}\n{why}", self.file.display()),
         }
-        notify("READY=1");
+        if !self.proxy.is_stopping() {
+            notify("READY=1");
+        }
         result
     }
 
     fn apply(&self) -> Result<String, String> {
-        // One reload at a time; requests never wait for this.
         let mut running = self.running.lock();
         let config = config::load(&self.file, &self.policies).map_err(|report| report.to_string())?;
         let plan = Plan::of(&config).map_err(|e| e.to_string())?;
+        if self.proxy.is_stopping() {
+            return Err("the process is about to end".to_owned());
+        }
         let before = self.generations.borrow().clone();
         let mut probes = before.probes.successor();
         let upstreams = plan.upstreams(&config, &before.upstreams, self.clock, &self.metrics, &mut probes);
         probes.publish();
+        upstreams.iter().for_each(|upstream| upstream.adopt_health());
         self.proxy.configure(&config, upstreams.clone());
         self.door.configure(&config, plan.listeners);
         self.generations.send_replace(Arc::new(Generation { upstreams, probes }));
         let waiting = running.fixed_differences(&config);
+        *self.drain_timeout.lock() = config.server.drain_timeout;
         *running = config;
         Ok(match &waiting[..] {
             [] => "all of it applies".to_owned(),

@@ -13,6 +13,8 @@ use crate::policy::{Reason, Slot};
 /// One request in flight on one backend, until dropped.
 pub struct Charge {
     shared: Arc<Shared>,
+    /// Somebody goes there with it.
+    pub(super) accepted: bool,
     charge: Option<ledger::Charge>,
     /// The backend that was charged.
     pub slot: Slot,
@@ -28,6 +30,7 @@ impl Charge {
     pub(super) fn new(shared: Arc<Shared>, pick: crate::balance::Pick) -> Self {
         Self {
             shared,
+            accepted: false,
             slot: pick.charge.slot(),
             charge: Some(pick.charge),
             address: pick.address,
@@ -48,7 +51,10 @@ impl Drop for Charge {
     fn drop(&mut self) {
         if let Some(charge) = self.charge.take() {
             self.shared.balancer.lock().settle(charge);
-            self.shared.queue.wake();
+            // What nobody was sent on with has made no room: whoever waits would only try the same again, for ever.
+            if self.accepted {
+                self.shared.queue.wake();
+            }
         }
     }
 }

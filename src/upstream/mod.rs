@@ -60,6 +60,13 @@ pub struct Upstream {
     /// When it is tried again.
     pub retry: Arc<retry::Rule>,
     shared: Arc<Shared>,
+    /// Its backends as they are now, the same under every configuration of it: a request that waits, or is tried again,
+    /// goes to backends that are there.
+    view: Arc<RwLock<Arc<View>>>,
+}
+
+/// The backends of an upstream.
+struct View {
     balancing: LoadBalancer<Selector>,
     live: HashMap<SocketAddr, Arc<Live>>,
 }
@@ -143,16 +150,17 @@ impl Upstream {
         if let Some(Err(e)) = balancing.update().now_or_never() {
             log::error!("upstream without backends upstream={name} error={e}");
         }
-        for backend in backend_set(members) {
-            let Some(address) = backend.addr.as_inet() else { continue };
-            let healthy = balancing.backends().ready(&backend);
-            shared.balancer.lock().observe_health(address, healthy, clock.now());
-        }
-        // Another backend, or a larger `max_requests`, is room for those who wait.
-        shared.queue.wake();
         let catalog = match before {
             Some(before) => Catalog::succeed(&config.models, &before.catalog, |a| live.contains_key(a)),
             None => Catalog::new(&config.models),
+        };
+        let now = Arc::new(View { balancing, live });
+        let view = match before {
+            Some(before) => {
+                *before.view.write() = now;
+                before.view.clone()
+            }
+            None => Arc::new(RwLock::new(now)),
         };
         Arc::new(Self {
             name: name.to_owned(),
@@ -161,14 +169,30 @@ impl Upstream {
             authorization,
             catalog,
             shared,
-            balancing,
-            live,
+            view,
         })
+    }
+
+    /// Takes the probes' verdicts for what they are now, once they are published; whoever waits may find room.
+    pub fn adopt_health(&self) {
+        let backends = self.view().balancing.backends().get_backend();
+        for backend in backends.iter() {
+            let Some(address) = backend.addr.as_inet() else { continue };
+            let healthy = self.view().balancing.backends().ready(backend);
+            self.shared.balancer.lock().observe_health(address, healthy, self.shared.clock.now());
+        }
+        // Another backend, or a larger `max_requests`, is room.
+        self.shared.queue.wake();
+    }
+
+    fn view(&self) -> Arc<View> {
+        self.view.read().clone()
     }
 
     /// Polls the backends until `shutdown`.
     pub async fn run(&self, shutdown: ShutdownWatch) {
-        let polls = self.live.values().map(|live| poller::run(self, live, shutdown.clone()));
+        let view = self.view();
+        let polls = view.live.values().map(|live| poller::run(self, live, shutdown.clone()));
         futures::future::join_all(polls).await;
     }
 
@@ -202,10 +226,11 @@ impl Upstream {
     /// Chooses a backend and charges it, waiting for room if all are full. `Ok(None)`: there is no backend at
     /// all.
     pub async fn admit(&self, request: &Request<'_>) -> Result<Option<Charge>, Refusal> {
-        if self.shared.queue.is_empty() || self.live.is_empty() {
+        let is_empty = self.view().live.is_empty();
+        if self.shared.queue.is_empty() || is_empty {
             let charge = self.assign(request, &[]);
             // Where there are backends and none was tried, none is assigned only because all are full.
-            if charge.is_some() || self.live.is_empty() {
+            if charge.is_some() || is_empty {
                 return Ok(charge);
             }
         }
@@ -216,15 +241,16 @@ impl Upstream {
     pub fn assign(&self, request: &Request<'_>, tried: &[Slot]) -> Option<Charge> {
         let key = Key::new(request, tried);
         let accept = |backend: &Backend, ready| ready || selector::is_last_resort(backend);
-        let backend = self.balancing.select_with(key.as_bytes(), self.live.len(), accept)?;
+        let view = self.view();
+        let backend = view.balancing.select_with(key.as_bytes(), view.live.len(), accept)?;
         let charge = selector::charge_of(&backend)?;
         self.shared.metrics.chose(charge.reason);
         Some(charge)
     }
 
     /// The backend at `address`, as long as it is a member.
-    pub fn live(&self, address: &SocketAddr) -> Option<&Arc<Live>> {
-        self.live.get(address)
+    pub fn live(&self, address: &SocketAddr) -> Option<Arc<Live>> {
+        self.view().live.get(address).cloned()
     }
 
     /// The backend gave a good answer.
@@ -450,7 +476,7 @@ mod tests {
         let request = request();
         let mut waiting = std::pin::pin!(before.admit(&request));
         assert!((&mut waiting).now_or_never().is_none());
-        let _after = succeed(&before, 1, |config| config.max_requests = Some(2));
+        succeed(&before, 1, |config| config.max_requests = Some(2)).adopt_health();
         assert!(waiting.await.unwrap().is_some());
         drop(held);
         assert!(at_rest(&before));
@@ -461,7 +487,9 @@ mod tests {
         let before = upstream(1, |_| {});
         before.shared.observe_health(&members(1)[0].address, false);
         assert!(!before.is_available());
-        assert!(succeed(&before, 1, |config| config.probe = None).is_available());
+        let after = succeed(&before, 1, |config| config.probe = None);
+        after.adopt_health();
+        assert!(after.is_available());
     }
 
     #[test]

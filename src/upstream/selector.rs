@@ -75,9 +75,11 @@ impl Parsed {
     }
 }
 
-/// The charge of a backend that a [`Selector`] yielded; `None` when it was taken before.
+/// The charge of a backend that a [`Selector`] yielded and that was accepted; `None` when it was taken before.
 pub fn charge_of(backend: &Backend) -> Option<Charge> {
-    backend.ext.get::<Attached>().and_then(|attached| attached.0.lock().take())
+    let mut charge = backend.ext.get::<Attached>().and_then(|attached| attached.0.lock().take())?;
+    charge.accepted = true;
+    Some(charge)
 }
 
 /// Whether a backend is a last resort: it was picked although it is not ready, because nothing else is left.

@@ -51,9 +51,11 @@ async fn who_shows_no_key_is_refused_before_a_body_is_read_and_never_reaches_an_
         let endless = chat().missing_bytes(1 << 20);
         assert_error(&ask(&endless).await, 401, "missing_api_key");
         assert_eq!(ask(&Request::get("/health")).await.status, 200, "balancers in front of us have no key");
+        // What is more than a question is for an engine, and is no way past the keys.
+        assert_error(&ask(&Request::post("/health", "{}")).await, 401, "missing_api_key");
     }
     assert_eq!(engine.count(), 0);
-    proxy.counts("plimsoll_refusals_total", &[("code", "missing_api_key")], 12.0).await;
+    proxy.counts("plimsoll_refusals_total", &[("code", "missing_api_key")], 16.0).await;
     proxy.counts("plimsoll_refusals_total", &[("code", "invalid_api_key")], 16.0).await;
     proxy.assert_at_rest().await;
 }

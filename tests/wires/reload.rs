@@ -2,11 +2,11 @@
 
 use crate::support::client::{Line, Request};
 use crate::support::engine::{Answer, Engine, Gate, delta};
-use crate::support::one_upstream;
 use crate::support::proxy::{Proxy, binary, folder};
+use crate::support::raw::Raw;
 use crate::support::stage::{BOTH, answered, before, chat, counts, reply, sent};
 use crate::support::tls::{Authority, Visitor};
-use crate::support::within;
+use crate::support::{one_upstream, wait_until, within};
 use futures::future::join_all;
 use std::process::Command;
 use std::sync::Arc;
@@ -152,6 +152,61 @@ async fn what_a_backend_owes_and_how_it_is_outlive_a_reload() {
         assert_eq!(answered(client).await, 200);
     }
     proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_request_that_waits_goes_to_a_backend_that_came_meanwhile() {
+    let gate = Gate::new();
+    let script = gate.clone();
+    let full = Engine::start(move |_| Answer::json(200, "{}").held_at(&script));
+    let (new, newer) = (Engine::good(), Engine::good());
+    let proxy = before(std::slice::from_ref(&full), "max_requests: 1").await;
+    let held = sent(&proxy, Line::Http1).await;
+    gate.reached(1).await;
+    let waits = sent(&proxy, Line::Http1).await;
+    proxy.counts("plimsoll_queued_requests", &[], 1.0).await;
+    let yaml = one_upstream(&[full.address(), new.address()], "max_requests: 1");
+    assert_eq!(proxy.reload(&yaml).await.status, 200);
+    assert_eq!((answered(waits).await, new.count()), (200, 1));
+    gate.open();
+    assert_eq!(answered(held).await, 200);
+
+    // Half a body here, a file without any of the backends it began under there.
+    let mut slow = Raw::connect(proxy.address(Line::Http1)).await;
+    slow.send("POST /v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: 16\r\n\r\n{\"model\":").await.unwrap();
+    wait_until("the body to be held", async || {
+        proxy.metrics().await.sum("plimsoll_buffered_body_bytes", &[]) > 0.0
+    })
+    .await;
+    assert_eq!(proxy.reload(&one_upstream(&[newer.address()], "")).await.status, 200);
+    slow.send("\"tiny\"}").await.unwrap();
+    assert_eq!((slow.answer().await.status, newer.count()), (200, 1));
+    proxy.assert_at_rest().await;
+}
+
+#[tokio::test]
+async fn a_longer_drain_applies_at_once() {
+    let gate = Gate::new();
+    let script = gate.clone();
+    let engine =
+        Engine::start(move |_| Answer::stream().event(&delta("a")).wait(&script).event("[DONE]").end());
+    let rest = |timeout: &str| {
+        format!("server: {{ drain_timeout: {timeout} }}\n{}", one_upstream(&[engine.address()], ""))
+    };
+    let mut proxy = Proxy::start(&rest("300ms")).await;
+    assert_eq!(proxy.reload(&rest("1h")).await.status, 200);
+    let mut client = proxy.client(Line::Http1).await;
+    client.send(&Request::streamed("tiny", "hello")).await;
+    client.head().await;
+    client.piece().await.unwrap();
+    proxy.signal("TERM");
+    wait_until("the drain to begin", async || proxy.log().contains("draining in_flight=1")).await;
+    // Longer than the file said that it was started with.
+    let cut = tokio::time::timeout(std::time::Duration::from_millis(900), client.piece()).await;
+    assert!(cut.is_err(), "the stream was cut: {cut:?}");
+    gate.open();
+    assert!(client.rest().await.1);
+    assert!(proxy.exit().await.success());
 }
 
 #[tokio::test]
