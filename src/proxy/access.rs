@@ -1,10 +1,10 @@
 //! Access: which key a request shows, and how much of its allowance is left.
 //!
-//! A key is found by the start of its SHA-256, and the whole of it is compared in constant time. An allowance is counted
-//! in minutes, by counters of pingora-limits: all of the present one, and of the one before it the part that is less than
-//! a minute ago, as if it had been used evenly. (The crate's own `Rate` begins its interval at whatever event comes first
-//! after the last, so what was used once may count for three minutes.) A request and its prompt are counted when they
-//! are let in; what the engine counted takes the place of our estimate at the end.
+//! A key is found by the start of its SHA-256, and the whole of it is compared in constant time. An allowance is
+//! counted in minutes, by counters of pingora-limits: all of the present one, and of the one before it the part that is
+//! less than a minute ago, as if it had been used evenly. (The crate's own `Rate` begins its interval at whatever event
+//! comes first after the last, so what was used once may count for three minutes.) A request and its prompt are counted
+//! when they are let in; what the engine counted takes the place of our estimate at the end.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
