@@ -35,9 +35,9 @@ enum Command {
         /// The configuration file.
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
-        /// Take the listening sockets over from the process that runs now (`server.upgrade_socket`).
-        #[arg(long)]
-        upgrade: bool,
+        /// Take the place of the process at the other end of standard input, which has started us for that.
+        #[arg(long, hide = true)]
+        successor: bool,
     },
     /// Check a configuration file: every problem, with its place.
     Check {
@@ -87,9 +87,10 @@ pub fn main_with(policies: &Policies) -> ExitCode {
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     start_log();
     match cli.command {
-        Command::Run { config: file, upgrade } => match config::load(&file, policies) {
-            Ok(config) => exit(server::run(&file, config, policies, upgrade)),
-            Err(report) => invalid(&report),
+        Command::Run { config, successor: false } => run(&config, policies, None),
+        Command::Run { config, successor: true } => match server::Predecessor::at_stdin() {
+            Ok(predecessor) => run(&config, policies, Some(predecessor)),
+            Err(e) => exit(Err(format!("nobody to take the place of: {e}"))),
         },
         Command::Check { file } => match config::load(&file, policies) {
             Ok(config) => match server::check(&config) {
@@ -128,6 +129,17 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Err(simulate::Failure::Invalid(report)) => invalid(&report),
             Err(why) => exit(Err(why)),
         },
+    }
+}
+
+/// Runs the balancer, in the place of `predecessor` if there is one.
+fn run(file: &Path, policies: &Policies, predecessor: Option<server::Predecessor>) -> ExitCode {
+    match config::load(file, policies) {
+        Ok(config) => exit(server::run(file, config, policies, predecessor)),
+        Err(report) => {
+            predecessor.iter().for_each(|waiting| waiting.disappoint(&report.to_string()));
+            invalid(&report)
+        }
     }
 }
 

@@ -131,6 +131,22 @@ impl PrefixIndex {
         self.caches.get(slot).map_or(0, |cache| cache.rows.held())
     }
 
+    /// What `slot` holds, as chains of blocks, the least recently used first; of more than `most` blocks the most
+    /// recently used ones. Inserted in this order elsewhere, they make the same of it.
+    pub fn chains(&self, slot: usize, most: usize) -> Vec<Vec<u64>> {
+        let Some(cache) = self.caches.get(slot) else { return Vec::new() };
+        let mut left = most;
+        let runs = cache.rows.latest().take_while(|run| {
+            let fits = run.len() <= left;
+            left = left.saturating_sub(run.len());
+            fits
+        });
+        let mut chains: Vec<Vec<u64>> =
+            runs.map(|run| run.iter().map(|row| self.block(*row)).collect()).collect();
+        chains.reverse();
+        chains
+    }
+
     /// Where a row begins in the table.
     const fn start(&self, row: u32) -> usize {
         row as usize * (1 + self.words)

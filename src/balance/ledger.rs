@@ -10,10 +10,13 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::policy::Slot;
 
 /// The counters of one backend; the letters are those of [`crate::policy::Candidate`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Account {
     /// P: uncached prompt tokens not yet answered by a first content byte.
     pub pending_tokens: u64,
@@ -23,6 +26,19 @@ pub struct Account {
     pub unanswered_requests: u32,
     /// C: prompt tokens of all requests in flight.
     pub context_tokens: u64,
+}
+
+impl Account {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: &Self) -> Self {
+        Self {
+            pending_tokens: self.pending_tokens.saturating_add(other.pending_tokens),
+            active_requests: self.active_requests.saturating_add(other.active_requests),
+            unanswered_requests: self.unanswered_requests.saturating_add(other.unanswered_requests),
+            context_tokens: self.context_tokens.saturating_add(other.context_tokens),
+        }
+    }
 }
 
 /// One request in flight on one backend. Give it back with [`Ledger::settle`].

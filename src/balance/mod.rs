@@ -139,6 +139,8 @@ struct Backend {
     pulse: Arc<Pulse>,
     /// When it last got a request while it had none.
     busy_since: Time,
+    /// What the process before us still has in flight on it.
+    elsewhere: Account,
 }
 
 /// The balancer of one upstream.
@@ -309,9 +311,33 @@ impl Balancer {
         }
     }
 
-    /// What the backend at `address` owes at this moment: to be read before its engine is asked for a reading.
+    /// What the backend at `address` is known to owe at this moment, to us and the process before us: to be read
+    /// before its engine is asked for a reading.
     pub fn account(&self, address: &SocketAddr) -> Account {
-        self.ledger.slot(address).map_or_else(Account::default, |slot| *self.ledger.account(slot))
+        self.ledger.slot(address).map_or_else(Account::default, |slot| self.known(slot))
+    }
+
+    /// What the process before us, which takes no more requests, still has in flight on the backend at `address`.
+    pub fn observe_elsewhere(&mut self, address: &SocketAddr, account: Account) {
+        if let Some(slot) = self.ledger.slot(address) {
+            self.backends[slot.0 as usize].elsewhere = account;
+        }
+    }
+
+    /// The prefixes remembered for the backend at `address`, the least recently used first, at most so many blocks.
+    pub fn prefixes(&self, address: &SocketAddr, most: usize) -> Vec<Vec<u64>> {
+        let slot = self.ledger.slot(address);
+        slot.map_or_else(Vec::new, |slot| self.index.chains(slot.0 as usize, most))
+    }
+
+    /// Remembers for the backend at `address` what another process did, in the order of [`Balancer::prefixes`].
+    pub fn remember(&mut self, address: &SocketAddr, prefixes: &[Vec<u64>]) {
+        let Some(slot) = self.ledger.slot(address).filter(|_| self.policy.uses_prefix_index()) else {
+            return;
+        };
+        for blocks in prefixes {
+            self.index.insert(slot.0 as usize, blocks);
+        }
     }
 
     /// New readings of the engine at `address`, which owed `before` when it was asked for them. A restart
@@ -331,7 +357,7 @@ impl Balancer {
         }
         let index = slot.0 as usize;
         let last = self.backends[index].gauge;
-        let gauge = Gauge::new(reading, before, self.ledger.account(slot), now, last.as_ref());
+        let gauge = Gauge::new(reading, before, &self.known(slot), now, last.as_ref());
         self.backends[index].gauge = Some(gauge);
         if let Some(started) = reading.process_start {
             let before = self.backends[index].started.replace(started);
@@ -433,7 +459,7 @@ impl Balancer {
     }
 
     fn has_room(&self, slot: Slot) -> bool {
-        self.settings.max_requests.is_none_or(|max| self.ledger.account(slot).active_requests < max)
+        self.settings.max_requests.is_none_or(|max| self.known(slot).active_requests < max)
     }
 
     /// Fills `candidates` with the untried members of the tier that have room, but for those whose engines are
@@ -459,7 +485,7 @@ impl Balancer {
 
     fn candidate(&self, member: &Member, request: &Request<'_>, now: Time) -> Candidate {
         let backend = &self.backends[member.slot.0 as usize];
-        let account = self.ledger.account(member.slot);
+        let account = self.known(member.slot);
         let others = backend.gauge.map(|gauge| gauge.others(now)).unwrap_or_default();
         let mean = self.mean_uncached_tokens.unwrap_or(0.0);
         let part =
@@ -473,6 +499,11 @@ impl Balancer {
             context_tokens: account.context_tokens + (others.requests * mean) as u64,
             uncached_tokens: self.uncached_tokens(request, member.slot),
         }
+    }
+
+    /// What a backend owes us and the process before us.
+    fn known(&self, slot: Slot) -> Account {
+        self.ledger.account(slot).plus(&self.backends[slot.0 as usize].elsewhere)
     }
 
     /// u: what of the prompt the backend has not cached; at least 1.
@@ -508,6 +539,7 @@ impl Backend {
             since: None,
             pulse: Arc::default(),
             busy_since: Time::ZERO,
+            elsewhere: Account::default(),
         }
     }
 

@@ -35,7 +35,7 @@ pub(super) fn complete(
     policies: &Policies,
 ) -> Vec<Flaw> {
     let mut check = Check { reading, folder, policies, flaws: Vec::new() };
-    for path in [&mut config.server.upgrade_socket, &mut config.server.pid_file].into_iter().flatten() {
+    if let Some(path) = &mut config.server.pid_file {
         *path = folder.join(&*path);
     }
     check.listeners(config);

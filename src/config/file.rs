@@ -54,8 +54,6 @@ pub struct Server {
     /// Threads that serve requests, 1 to 1024. Default: one per CPU core.
     #[serde(deserialize_with = "units::between::<_, 1, 1024>")]
     pub threads: u32,
-    /// Unix socket over which a new process takes the listeners from the old one. Absent: no such upgrade.
-    pub upgrade_socket: Option<PathBuf>,
     /// File that holds the process id. Absent: none.
     pub pid_file: Option<PathBuf>,
     /// How long a stopping process waits for its last stream. Default 15m: an answer may run for minutes, and
@@ -73,7 +71,6 @@ impl Default for Server {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             threads: u32::try_from(cores).unwrap_or(u32::MAX).min(1_024),
-            upgrade_socket: None,
             pid_file: None,
             drain_timeout: Duration::from_secs(15 * 60),
             open_files: None,

@@ -18,7 +18,6 @@ impl Config {
         let (server, limits) = (&self.server, &self.limits);
         let differences = [
             ("server.threads", server.threads != new.server.threads),
-            ("server.upgrade_socket", server.upgrade_socket != new.server.upgrade_socket),
             ("server.pid_file", server.pid_file != new.server.pid_file),
             ("server.open_files", server.open_files != new.server.open_files),
             ("the addresses of listeners", addresses(self) != addresses(new)),

@@ -180,9 +180,8 @@ fn http2_follows_tls_unless_it_is_written() {
 
 #[test]
 fn paths_are_below_the_folder_of_the_file() {
-    let config = read(&format!("{MINIMAL}server: {{pid_file: a.pid, upgrade_socket: /run/b.sock}}"));
+    let config = read(&format!("{MINIMAL}server: {{pid_file: a.pid}}"));
     assert_eq!(config.server.pid_file.as_deref(), Some(FsPath::new("/etc/plimsoll/a.pid")));
-    assert_eq!(config.server.upgrade_socket.as_deref(), Some(FsPath::new("/run/b.sock")));
 }
 
 #[test]

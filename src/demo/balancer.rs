@@ -129,9 +129,9 @@ fn configuration(
     [address, admin]: [SocketAddr; 2],
 ) -> String {
     let backends = engines.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    let [socket, pid] = ["sock", "pid"].map(|end| directory.join(format!("{policy}.{end}")));
+    let pid = directory.join(format!("{policy}.pid"));
     format!(
-        "server: {{ upgrade_socket: {socket:?}, pid_file: {pid:?}, drain_timeout: 1s }}\n\
+        "server: {{ pid_file: {pid:?}, drain_timeout: 1s }}\n\
          listeners:\n  - address: {address}\n\
          admin: {{ address: {admin} }}\n\
          observe: {{ access_log: false, backend_header: true }}\n\

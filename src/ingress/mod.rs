@@ -38,7 +38,7 @@ use tokio::time::timeout;
 use crate::clock::Clock;
 use crate::config::{Config, Limits, Network};
 use crate::observe::metrics::Metrics;
-use crate::proxy::Refusal;
+use crate::proxy::{InFlight, Refusal};
 use clients::Clients;
 use downstream::Downstream;
 use frames::Frames;
@@ -113,6 +113,7 @@ pub struct Ingress<A> {
     limits: Limits,
     trusted: Vec<Network>,
     clients: Clients,
+    in_flight: InFlight,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -124,12 +125,14 @@ impl<A> Ingress<A> {
         app: A,
         listeners: Vec<Listener>,
         config: &Config,
+        in_flight: InFlight,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (limits, trusted) = (config.limits.clone(), config.trusted_proxies.clone());
         let listeners = listeners.into_iter().map(Arc::new).collect();
-        Self { app: Arc::new(app), listeners, limits, trusted, clients: Clients::default(), clock, metrics }
+        let clients = Clients::default();
+        Self { app: Arc::new(app), listeners, limits, trusted, clients, in_flight, clock, metrics }
     }
 
     /// The front door of the same application, with the same crowd before it, by another configuration.
@@ -146,6 +149,7 @@ impl<A> Ingress<A> {
             limits: config.limits.clone(),
             trusted: config.trusted_proxies.clone(),
             clients: self.clients.clone(),
+            in_flight: self.in_flight.clone(),
             clock: self.clock,
             metrics: self.metrics.clone(),
         }
@@ -183,6 +187,7 @@ enum Arrival {
 impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
     /// Runs a connection that Pingora has accepted.
     async fn accept(&self, stream: Stream, shutdown: &ShutdownWatch) -> Option<()> {
+        let _connected = self.in_flight.connect();
         let tcp = stream.into_any().downcast::<TcpStream>().ok()?;
         let digest = tcp.get_socket_digest()?;
         let listener = self.listener(*digest.local_addr()?.as_inet()?)?;
@@ -294,11 +299,10 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
     /// for as long as it may be idle, unless the process is about to end.
     async fn arrival(&self, downstream: &mut Downstream, new: bool, shutdown: &ShutdownWatch) -> Arrival {
         if !new {
-            let mut shutdown = shutdown.clone();
             let begun = tokio::select! {
                 biased;
                 begun = timeout(self.limits.client_idle, begins(downstream)) => begun.unwrap_or(false),
-                _ = shutdown.wait_for(|stopping| *stopping) => false,
+                () = self.end(shutdown.clone()) => false,
             };
             if !begun {
                 return Arrival::Gone;
@@ -309,6 +313,15 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
         match timeout(self.limits.header_timeout, head).await {
             Ok(arrival) => arrival,
             Err(_) => self.late(downstream),
+        }
+    }
+
+    /// Resolves when connections between two requests have to close. A process with a successor has the time to let
+    /// each of them have one more request, and tell it then.
+    async fn end(&self, mut shutdown: ShutdownWatch) {
+        let _gone = shutdown.wait_for(|stopping| *stopping).await.is_err();
+        if self.in_flight.is_handed_over() {
+            std::future::pending().await
         }
     }
 

@@ -36,6 +36,7 @@ pub struct Metrics {
     refusals: IntCounterVec,
     reloads: IntCounterVec,
     reload_failed: IntGauge,
+    upgrades: IntCounterVec,
     key_requests: IntCounterVec,
     key_tokens: IntCounterVec,
     /// Bytes of request bodies held in memory.
@@ -131,8 +132,8 @@ impl KeyMetrics {
     }
 }
 
-/// The results of a reload.
-const RELOADS: [&str; 2] = ["ok", "failed"];
+/// The results of a reload, or an upgrade.
+const RESULTS: [&str; 2] = ["ok", "failed"];
 
 const BACKEND: &[&str] = &["upstream", "backend"];
 
@@ -191,6 +192,7 @@ impl Metrics {
             refusals: counters(&r, "refusals_total", "Answers and endings of our own, by code.", &["code"])?,
             reloads: counters(&r, "reloads_total", "Reloads of the configuration, by result.", &["result"])?,
             reload_failed: register(&r, reload_failed)?,
+            upgrades: counters(&r, "upgrades_total", "Upgrades of the process, by result.", &["result"])?,
             key_requests: counters(
                 &r,
                 "key_requests_total",
@@ -206,16 +208,22 @@ impl Metrics {
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         };
-        for result in RELOADS {
+        for result in RESULTS {
             metrics.reloads.with_label_values(&[result]);
+            metrics.upgrades.with_label_values(&[result]);
         }
         Ok(metrics)
     }
 
     /// Counts a reload.
     pub fn reloaded(&self, well: bool) {
-        self.reloads.with_label_values(&[RELOADS[usize::from(!well)]]).inc();
+        self.reloads.with_label_values(&[RESULTS[usize::from(!well)]]).inc();
         self.reload_failed.set(i64::from(!well));
+    }
+
+    /// Counts an upgrade.
+    pub fn upgraded(&self, well: bool) {
+        self.upgrades.with_label_values(&[RESULTS[usize::from(!well)]]).inc();
     }
 
     /// The counters of a backend, all present at zero from now on.

@@ -32,6 +32,11 @@ impl BytesPerToken {
         Self { ratio: START }
     }
 
+    /// What was learned elsewhere: `ratio` bytes per token, brought into range.
+    pub fn from_ratio(ratio: f64) -> Self {
+        Self { ratio: if ratio.is_finite() { ratio.clamp(RANGE.0, RANGE.1) } else { START } }
+    }
+
     /// Learns from one answered request: the digest's `prompt_bytes` and the engine's prompt tokens, cached
     /// ones included. Samples of less than 64 tokens are ignored.
     pub fn learn(&mut self, prompt_bytes: u64, prompt_tokens: u64) {

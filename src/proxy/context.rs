@@ -17,14 +17,17 @@ use crate::policy::Slot;
 use crate::prompt::Digest;
 use crate::upstream::{Charge, Live, Upstream};
 
-/// How many requests are in flight, and whether more are wanted.
+/// How many requests and connections there are, and whether more are wanted.
 #[derive(Clone, Default)]
 pub struct InFlight(Arc<Count>);
 
 #[derive(Default)]
 struct Count {
     requests: AtomicUsize,
+    connections: AtomicUsize,
     stopping: AtomicBool,
+    handed_over: AtomicBool,
+    /// One of the counts has become zero.
     none: Notify,
 }
 
@@ -34,43 +37,78 @@ impl InFlight {
         self.0.requests.load(Ordering::Acquire)
     }
 
+    /// Open connections of clients.
+    pub fn connections(&self) -> usize {
+        self.0.connections.load(Ordering::Acquire)
+    }
+
     /// The process has been told to stop: from now on answers say that their connection closes. Pingora's own flag
     /// follows only after the listeners have closed.
     pub fn stop(&self) {
         self.0.stopping.store(true, Ordering::Release);
     }
 
+    /// Another process serves in our place: we stop, but there is no hurry with connections that are idle.
+    pub fn hand_over(&self) {
+        self.0.handed_over.store(true, Ordering::Release);
+        self.stop();
+    }
+
+    /// Whether another process serves in our place.
+    pub fn is_handed_over(&self) -> bool {
+        self.0.handed_over.load(Ordering::Acquire)
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.0.stopping.load(Ordering::Acquire)
     }
 
-    /// Resolves when there is none.
+    /// Resolves when there is no request, and, of a process that has handed over, no connection either.
     pub async fn none(&self) {
         loop {
             let changed = self.0.none.notified();
             tokio::pin!(changed);
-            // Registered before the count is read, so that the last request cannot end unnoticed in between.
+            // Registered before the counts are read, so that the last one cannot end unnoticed in between.
             changed.as_mut().enable();
-            if self.count() == 0 {
+            if self.is_none() {
                 return;
             }
             changed.await;
         }
     }
 
+    /// Whether [`InFlight::none`] would resolve at once.
+    pub fn is_none(&self) -> bool {
+        self.count() == 0 && (!self.is_handed_over() || self.connections() == 0)
+    }
+
+    /// A client has connected.
+    pub fn connect(&self) -> Entered {
+        Entered::new(&self.0, |count| &count.connections)
+    }
+
     pub(super) fn enter(&self) -> Entered {
-        self.0.requests.fetch_add(1, Ordering::AcqRel);
-        Entered(self.0.clone())
+        Entered::new(&self.0, |count| &count.requests)
     }
 }
 
-/// One request in flight, until dropped.
-pub(super) struct Entered(Arc<Count>);
+/// One request in flight, or one connection, until dropped.
+pub struct Entered {
+    count: Arc<Count>,
+    which: fn(&Count) -> &AtomicUsize,
+}
+
+impl Entered {
+    fn new(count: &Arc<Count>, which: fn(&Count) -> &AtomicUsize) -> Self {
+        which(count).fetch_add(1, Ordering::AcqRel);
+        Self { count: count.clone(), which }
+    }
+}
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        if self.0.requests.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.none.notify_waiters();
+        if (self.which)(&self.count).fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.count.none.notify_waiters();
         }
     }
 }

@@ -1,8 +1,5 @@
-//! What runs beside the proxy: probes and polls of the present configuration, reloads, and the end of the process.
+//! What runs beside the proxy: probes and polls of the present configuration, reloads, and both ends of the process.
 
-use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,13 +8,20 @@ use parking_lot::Mutex;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 
-use super::notify::notify;
+use super::handover::Message;
+use super::listening::Gate;
+use super::notify::{notify, watchdog_timeout};
+use super::predecessor::{self, Predecessor};
 use super::reload::Reloader;
 use crate::proxy::InFlight;
 
 /// What the last frames of a finished HTTP/2 answer get to leave the process.
 const LAST_FRAMES: Duration = Duration::from_millis(100);
+
+/// How often a drain says how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs it all.
 pub(super) struct Background {
@@ -25,14 +29,21 @@ pub(super) struct Background {
     /// Watched for since before there was anything to reload, so that none is lost.
     pub(super) hangup: Mutex<Option<Signal>>,
     pub(super) in_flight: InFlight,
+    /// Behind it the services that accept, and how many they are.
+    pub(super) gate: Gate,
+    pub(super) services: usize,
     /// The addresses of the listeners.
     pub(super) listeners: Vec<String>,
+    /// Whose place we take.
+    pub(super) predecessor: Mutex<Option<Predecessor>>,
+    /// Whether it still drains.
+    pub(super) follows: watch::Sender<bool>,
 }
 
 #[async_trait]
 impl BackgroundService for Background {
     async fn start(&self, shutdown: ShutdownWatch) {
-        let work = async { futures::join!(self.announce(), self.watch(shutdown.clone()), self.reload()) };
+        let work = async { futures::join!(self.begin(), self.watch(shutdown.clone()), self.reload()) };
         let mut stop = shutdown.clone();
         tokio::select! {
             _ = work => {}
@@ -44,14 +55,55 @@ impl BackgroundService for Background {
 }
 
 impl Background {
-    /// Tells log and systemd that we accept connections.
-    async fn announce(&self) {
-        let ports: Vec<_> = self.listeners.iter().filter_map(|address| port(address)).collect();
-        while listening_ports().is_some_and(|open| !ports.iter().all(|port| open.contains(port))) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+    /// Lets the services accept, as soon as the process before us agrees, and tells log and systemd; then follows that
+    /// process to its end, and gives signs of life.
+    async fn begin(&self) {
+        let predecessor = self.predecessor.lock().take();
+        let line = predecessor.and_then(|predecessor| {
+            let line = predecessor.line();
+            line.inspect_err(|e| log::error!("the process before us cannot be heard error={e}")).ok()
+        });
+        let Some(mut line) = line else {
+            self.gate.open(self.services).await;
+            self.announce();
+            return self.live().await;
+        };
+        let _told = line.send(&Message::Ready).await;
+        // Should it have gone meanwhile, its place is ours all the same.
+        while !matches!(line.next().await, Some(Message::Go) | None) {}
+        self.gate.open(self.services).await;
+        let _told = line.send(&Message::Serving).await;
+        while !matches!(line.next().await, Some(Message::Yours) | None) {}
+        if let Err(e) = self.reloader.write_pid() {
+            log::error!("{e}");
         }
+        self.announce();
+        self.follows.send_replace(true);
+        let (follows, generations) = (self.follows.clone(), self.reloader.generations.subscribe());
+        // Not ours to drop: it goes on while we drain.
+        tokio::spawn(async move {
+            predecessor::follow(line, generations).await;
+            follows.send_replace(false);
+        });
+        self.live().await;
+    }
+
+    /// Tells log and systemd that we accept connections.
+    fn announce(&self) {
         log::info!("ready listeners={} pid={}", self.listeners.join(","), std::process::id());
-        notify("READY=1");
+        notify(&format!("READY=1\nSTATUS=serving on {}", self.listeners.join(", ")));
+    }
+
+    /// Gives systemd signs of life, if it wants them: as long as those who serve connections get to run.
+    async fn live(&self) {
+        let Some(timeout) = watchdog_timeout() else { return };
+        loop {
+            for runtime in self.gate.runtimes() {
+                let _it_ran = runtime.spawn(async {}).await;
+            }
+            notify("WATCHDOG=1");
+            tokio::time::sleep(timeout / 3).await;
+        }
     }
 
     /// Probes and polls the upstreams, and after each reload those that there are then.
@@ -85,17 +137,24 @@ impl Background {
     }
 
     /// Ends the process when the last request has ended, at the latest after `drain_timeout`, or at a second
-    /// signal.
+    /// signal. One that has handed over waits for its connections as well, and no longer speaks for the service; one
+    /// that has a predecessor waits for that too, since systemd would end it with us.
     async fn drain(&self) {
-        notify("STOPPING=1");
+        if !self.in_flight.is_handed_over() {
+            notify("STOPPING=1\nSTATUS=draining");
+        }
         let drain_timeout = *self.reloader.drain_timeout.lock();
-        let terminate = signal(SignalKind::terminate());
-        let mut again = terminate.inspect_err(|e| log::error!("SIGTERM cannot be watched error={e}")).ok();
-        log::info!("draining in_flight={}", self.in_flight.count());
+        let [mut terminate, mut interrupt] = [SignalKind::terminate(), SignalKind::interrupt()].map(|kind| {
+            let watched = signal(kind);
+            watched.inspect_err(|e| log::error!("a second signal cannot be watched error={e}")).ok()
+        });
+        log::info!("draining {}", self.left());
         tokio::select! {
             () = self.at_rest() => log::info!("drained"),
+            () = self.report() => {}
             () = tokio::time::sleep(drain_timeout) => log::warn!("drain timeout cut={}", self.in_flight.count()),
-            () = next(&mut again) => log::warn!("second signal cut={}", self.in_flight.count()),
+            () = next(&mut terminate) => log::warn!("second signal cut={}", self.in_flight.count()),
+            () = next(&mut interrupt) => log::warn!("second signal cut={}", self.in_flight.count()),
         }
         log::logger().flush();
         std::process::exit(0);
@@ -106,11 +165,26 @@ impl Background {
     async fn at_rest(&self) {
         loop {
             self.in_flight.none().await;
+            let mut follows = self.follows.subscribe();
+            // Its sender is ours.
+            let _ended = follows.wait_for(|follows| !follows).await.is_ok();
             tokio::time::sleep(LAST_FRAMES).await;
-            if self.in_flight.count() == 0 {
+            if self.in_flight.is_none() {
                 return;
             }
         }
+    }
+
+    /// Says now and then what the drain waits for.
+    async fn report(&self) {
+        loop {
+            tokio::time::sleep(PROGRESS_INTERVAL).await;
+            log::info!("still draining {}", self.left());
+        }
+    }
+
+    fn left(&self) -> String {
+        format!("in_flight={} connections={}", self.in_flight.count(), self.in_flight.connections())
     }
 }
 
@@ -122,43 +196,5 @@ async fn next(signal: &mut Option<Signal>) {
     };
     if came.is_none() {
         std::future::pending().await
-    }
-}
-
-fn port(address: &str) -> Option<u16> {
-    address.rsplit_once(':')?.1.parse().ok()
-}
-
-/// The TCP ports that somebody listens on, by the kernel's own table: a connection made to find out would be
-/// logged as a failed handshake. `None` where there is no such table.
-fn listening_ports() -> Option<HashSet<u16>> {
-    let mut ports = HashSet::new();
-    let mut found = false;
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        let Ok(table) = File::open(table) else { continue };
-        found = true;
-        // Listening sockets come first, and a busy machine has very many others.
-        let listening = |row: &String| row.split_whitespace().nth(3) == Some("0A");
-        for row in BufReader::new(table).lines().map_while(Result::ok).skip(1).take_while(listening) {
-            let local = row.split_whitespace().nth(1).and_then(|local| local.rsplit_once(':'));
-            ports.extend(local.and_then(|(_, port)| u16::from_str_radix(port, 16).ok()));
-        }
-    }
-    found.then_some(ports)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-
-    use super::*;
-
-    #[test]
-    fn a_listening_port_is_seen_without_connecting_to_it() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        assert!(listening_ports().unwrap().contains(&port));
-        drop(listener);
-        assert!(!listening_ports().unwrap().contains(&port));
     }
 }

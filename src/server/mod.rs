@@ -2,20 +2,21 @@
 //!
 //! Everything that can be wrong is found out before anything is started: addresses that do not resolve or are
 //! taken, certificates that do not fit their keys. Then one Pingora server runs the proxy, the admin listener
-//! and one background service, which probes and polls the upstreams, tells systemd that we are ready, and
-//! ends the process when the last request has ended after a SIGTERM.
+//! and one background service, which lets them accept, probes and polls the upstreams, tells systemd that we are
+//! ready, and ends the process when the last request has ended after a SIGTERM, or after an upgrade.
 
 mod background;
+mod handover;
+mod listening;
 mod notify;
 mod plan;
+mod predecessor;
 mod reload;
 mod signals;
+mod sockets;
+mod successor;
 
-use std::fs::Permissions;
-use std::io;
-use std::net::TcpListener;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,23 +26,24 @@ use pingora::protocols::http::v2::server::default_h2_options;
 use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
-use pingora::services::listening::Service;
 use pingora_proxy::HttpProxy;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::admin::Admin;
 use crate::clock::Clock;
-use crate::config::{self, AdminAddress, Config};
+use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
 use crate::observe::metrics::Metrics;
 use crate::policy::Policies;
 use crate::proxy::Proxy;
-use crate::upstream::Probes;
 use background::Background;
+use listening::{Gate, Listening};
 use plan::Plan;
+pub use predecessor::Predecessor;
 use reload::{Generation, Reloader};
-use signals::Signals;
+use signals::{Signals, Watched};
+use sockets::{Socket, Sockets};
+use successor::Upgrader;
 
 /// Pingora ends a request after so many attempts, whatever we say; ours end long before.
 const ATTEMPTS_LIMIT: usize = 64;
@@ -57,9 +59,6 @@ const FOREVER: u64 = 10 * 366 * 24 * 3600;
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
 
-/// Nobody but us and root talks to a socket of ours.
-const SOCKET_MODE: u32 = 0o600;
-
 /// Why the server could not start.
 #[derive(Debug)]
 pub struct StartError(String);
@@ -73,73 +72,125 @@ impl std::fmt::Display for StartError {
 impl std::error::Error for StartError {}
 
 /// Runs what `config` describes until a signal ends it, and what `file`, from which it was read and which may name any
-/// of `policies`, describes after a reload. With `upgrade`, the listening sockets are taken over from the process that
-/// runs already.
-pub fn run(file: &Path, config: Config, policies: &Policies, upgrade: bool) -> Result<(), StartError> {
+/// of `policies`, describes after a reload. With a `predecessor`, in its place.
+pub fn run(
+    file: &Path,
+    config: Config,
+    policies: &Policies,
+    predecessor: Option<Predecessor>,
+) -> Result<(), StartError> {
     let clock = Clock::start();
     raise_open_files(config.server.open_files);
-    let hangup = watch_hangup().map_err(|e| StartError(format!("signals cannot be watched: {e}")))?;
-    let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
-    let plan = Plan::of(&config)?;
-    if !upgrade {
-        check_free(&config)?;
-    }
-    let mut probes = Probes::default();
-    let upstreams = plan.upstreams(&config, &[], clock, &metrics, &mut probes);
-    probes.publish();
-    upstreams.iter().for_each(|upstream| upstream.adopt_health());
-    let mut server = Server::new_with_opt_and_conf(Opt { upgrade, ..Opt::default() }, server_conf(&config));
+    let signals = Watched::new().map_err(|e| StartError(format!("signals cannot be watched: {e}")))?;
+    let mut predecessor = predecessor;
+    let ready = Ready::new(&config, clock, predecessor.as_mut());
+    let Ready { plan, sockets, metrics, generation } = match (ready, &predecessor) {
+        (Ok(ready), _) => ready,
+        (Err(why), predecessor) => {
+            predecessor.iter().for_each(|waiting| waiting.disappoint(&why.to_string()));
+            return Err(why);
+        }
+    };
+    let mut server = Server::new_with_opt_and_conf(Opt::default(), server_conf(&config));
     server.bootstrap();
-    let proxy = Proxy::new(&config, upstreams.clone(), clock, metrics.clone());
+    let proxy = Proxy::new(&config, generation.upstreams.clone(), clock, metrics.clone());
     let in_flight = proxy.in_flight();
     let app = app(&server.configuration, proxy.clone(), &config);
-    let door = Door::new(Ingress::new(app, plan.listeners, &config, clock, metrics.clone()));
+    let door =
+        Door::new(Ingress::new(app, plan.listeners, &config, in_flight.clone(), clock, metrics.clone()));
     let listeners: Vec<_> = config.listeners.iter().map(|listener| listener.address.clone()).collect();
-    let (admin, pid_file) = (config.admin.clone(), config.server.pid_file.clone());
-    let upgrade_socket = config.server.upgrade_socket.as_ref().map(|path| path.display().to_string());
-    let mut service = Service::new("proxy".to_owned(), door.clone());
-    listeners.iter().for_each(|address| service.add_tcp(address));
-    server.add_service(service);
+    let token = config.admin.as_ref().and_then(|admin| admin.token.clone());
+    let generations = watch::Sender::new(Arc::new(generation));
+    let again = sockets.again().map_err(|e| StartError(format!("no sockets for a successor: {e}")))?;
+    let upgrader = Arc::new(Upgrader {
+        file: file.to_owned(),
+        sockets: Mutex::new(again),
+        generations: generations.subscribe(),
+    });
     let reloader = Arc::new(Reloader {
         file: file.to_owned(),
         policies: policies.clone(),
         clock,
         metrics: metrics.clone(),
         proxy: proxy.clone(),
-        door,
+        door: door.clone(),
         drain_timeout: Mutex::new(config.server.drain_timeout),
         running: Mutex::new(config),
-        generations: watch::Sender::new(Arc::new(Generation { upstreams, probes })),
+        generations,
     });
-    if let Some(admin) = &admin {
-        server.add_service(admin_service(admin, proxy, metrics, reloader.clone()));
+    if predecessor.is_none() {
+        reloader.write_pid()?;
     }
-    let background =
-        Background { reloader, hangup: Mutex::new(Some(hangup)), in_flight: in_flight.clone(), listeners };
-    server.add_service(background_service("background", background));
-    if let Some(path) = &pid_file {
-        write_pid(path)?;
+    let gate = Gate::closed();
+    let services = 1 + usize::from(sockets.admin.is_some());
+    server.add_service(Listening {
+        name: "proxy",
+        app: Arc::new(door),
+        sockets: sockets.listeners,
+        threads: None,
+        gate: gate.clone(),
+    });
+    if let Some(socket) = sockets.admin {
+        let reload = reloader.clone();
+        let admin = Admin::new(proxy, metrics.clone(), token, Box::new(move || reload.reload()));
+        server.add_service(Listening {
+            name: "admin",
+            app: Arc::new(admin),
+            sockets: vec![socket],
+            threads: Some(1),
+            gate: gate.clone(),
+        });
     }
-    server.run(RunArgs { shutdown_signal: Box::new(Signals { upgrade_socket, in_flight }) });
+    let (hangup, ending) = signals.split();
+    server.add_service(background_service(
+        "background",
+        Background {
+            reloader,
+            hangup: Mutex::new(Some(hangup)),
+            in_flight: in_flight.clone(),
+            gate,
+            services,
+            listeners,
+            predecessor: Mutex::new(predecessor),
+            follows: watch::Sender::new(false),
+        },
+    ));
+    let (_ask, asked) = tokio::sync::mpsc::channel(1);
+    let signals = Signals { signals: ending, asked: Mutex::new(Some(asked)), upgrader, in_flight, metrics };
+    server.run(RunArgs { shutdown_signal: Box::new(signals) });
     Ok(())
 }
 
-fn admin_service(
-    admin: &config::Admin,
-    proxy: Proxy,
+/// All that can go wrong before anything runs.
+struct Ready {
+    plan: Plan,
+    sockets: Sockets,
     metrics: Arc<Metrics>,
-    reloader: Arc<Reloader>,
-) -> Service<Admin> {
-    let app = Admin::new(proxy, metrics, admin.token.clone(), Box::new(move || reloader.reload()));
-    let mut service = Service::new("admin".to_owned(), app);
-    service.threads = Some(1);
-    match &admin.address {
-        AdminAddress::Tcp(address) => service.add_tcp(address),
-        AdminAddress::Unix(socket) => {
-            service.add_uds(&socket.to_string_lossy(), Some(Permissions::from_mode(SOCKET_MODE)));
+    generation: Generation,
+}
+
+impl Ready {
+    fn new(config: &Config, clock: Clock, predecessor: Option<&mut Predecessor>) -> Result<Self, StartError> {
+        let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
+        let plan = Plan::of(config)?;
+        let (inherited, heritage) = match predecessor {
+            Some(predecessor) => {
+                (std::mem::take(&mut predecessor.sockets), std::mem::take(&mut predecessor.heritage))
+            }
+            None => (Socket::from_systemd()?, BTreeMap::new()),
+        };
+        let sockets = Sockets::open(config, inherited)?;
+        let generation = plan.generation(config, None, clock, &metrics);
+        for upstream in &generation.upstreams {
+            heritage.get(&upstream.name).into_iter().for_each(|known| upstream.inherit(known));
         }
+        if !heritage.is_empty() {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.map_err(|e| StartError(format!("no runtime: {e}")))?;
+            runtime.block_on(generation.probes.inherit(heritage.values()));
+        }
+        Ok(Self { plan, sockets, metrics, generation })
     }
-    service
 }
 
 /// Finds out what only cryptography tells of `config`: a certificate that does not fit its key, say.
@@ -155,7 +206,7 @@ fn server_conf(config: &Config) -> ServerConf {
     // One pool for all upstreams, and Pingora multiplies its size by the threads.
     let connections: usize = config.upstreams.values().map(|u| u.keepalive.connections as usize).sum();
     let threads = config.server.threads as usize;
-    let mut conf = ServerConf {
+    ServerConf {
         threads,
         upstream_keepalive_pool_size: connections.div_ceil(threads).max(1),
         max_retries: ATTEMPTS_LIMIT,
@@ -164,11 +215,7 @@ fn server_conf(config: &Config) -> ServerConf {
         graceful_shutdown_timeout_seconds: Some(0),
         fast_timeout_to_tokio_threshold_seconds: Some(CHEAP_TIMERS),
         ..ServerConf::default()
-    };
-    if let Some(path) = &config.server.upgrade_socket {
-        conf.upgrade_sock = path.display().to_string();
     }
-    conf
 }
 
 /// What speaks HTTP behind the front door, which speaks TLS: to Pingora every listener is plain TCP.
@@ -190,52 +237,6 @@ fn app(conf: &Arc<ServerConf>, proxy: Proxy, config: &Config) -> HttpProxy<Proxy
     app
 }
 
-/// Finds out now what Pingora would find out in a task of its own, after the start.
-fn check_free(config: &Config) -> Result<(), StartError> {
-    let mut tcp: Vec<&String> = config.listeners.iter().map(|listener| &listener.address).collect();
-    match config.admin.as_ref().map(|admin| &admin.address) {
-        Some(AdminAddress::Tcp(address)) => tcp.push(address),
-        Some(AdminAddress::Unix(socket)) => check_socket(socket)
-            .map_err(|e| StartError(format!("cannot listen on unix:{}: {e}", socket.display())))?,
-        None => {}
-    }
-    for address in tcp {
-        TcpListener::bind(address).map_err(|e| StartError(format!("cannot listen on {address}: {e}")))?;
-    }
-    Ok(())
-}
-
-/// Finds out whether a socket can be made at `path`. Pingora removes what is there, whatever it is: so here it may be
-/// a socket only, and only one that a dead process has left.
-fn check_socket(path: &Path) -> io::Result<()> {
-    match path.symlink_metadata() {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file, and it is no socket"));
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-            Err(e) => return Err(e),
-        },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
-    }
-    UnixListener::bind(path)?;
-    std::fs::remove_file(path)
-}
-
-fn write_pid(path: &Path) -> Result<(), StartError> {
-    std::fs::write(path, format!("{}\n", std::process::id()))
-        .map_err(|e| StartError(format!("cannot write the pid file {}: {e}", path.display())))
-}
-
-/// Watches for SIGHUP from now on, which ends a process that does not. The handler stays when the runtime goes in
-/// which it was installed.
-fn watch_hangup() -> io::Result<Signal> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async { signal(SignalKind::hangup()) })
-}
-
 /// Each stream takes three descriptors, and the usual soft limit is 1,024.
 fn raise_open_files(wanted: Option<u32>) {
     let wanted_limit = wanted.map_or(rlimit::INFINITY, u64::from);
@@ -250,29 +251,5 @@ fn raise_open_files(wanted: Option<u32>) {
         }
         (Err(e), _) => log::warn!("open files limit unchanged error={e}"),
         _ => {}
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_socket_is_replaced_only_if_nobody_listens_on_it() {
-        let folder = std::env::temp_dir().join(format!("plimsoll-socket-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let path = folder.join("admin.sock");
-        check_socket(&path).unwrap();
-        let listener = UnixListener::bind(&path).unwrap();
-        assert_eq!(check_socket(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        drop(listener);
-        assert!(path.exists(), "a dead process leaves its socket");
-        check_socket(&path).unwrap();
-        assert!(!path.exists());
-        std::fs::write(&path, "precious").unwrap();
-        assert_eq!(check_socket(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
-        assert!(check_socket(&folder.join("absent/admin.sock")).is_err());
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -7,6 +7,7 @@ use std::net::ToSocketAddrs;
 use std::sync::Arc;
 
 use super::StartError;
+use super::reload::Generation;
 use crate::clock::Clock;
 use crate::config::{self, Config};
 use crate::ingress::{self, certificates};
@@ -37,22 +38,26 @@ impl Plan {
         })
     }
 
-    /// The upstreams of the configuration that this was planned for, which take over the state of those `before` that
-    /// have their names. They are probed once `probes` is published.
-    pub(super) fn upstreams(
+    /// The upstreams of the configuration that this was planned for, which take over the state of those of `before`
+    /// that have their names.
+    pub(super) fn generation(
         &self,
         config: &Config,
-        before: &[Arc<Upstream>],
+        before: Option<&Generation>,
         clock: Clock,
         metrics: &Metrics,
-        probes: &mut Probes,
-    ) -> Vec<Arc<Upstream>> {
+    ) -> Generation {
+        let mut probes = before.map_or_else(Probes::default, |before| before.probes.successor());
+        let known = before.map_or(&[][..], |before| &before.upstreams);
         let planned = config.upstreams.iter().zip(&self.members);
         let upstream = |((name, config), members): ((&String, &config::Upstream), &Vec<Member>)| {
-            let before = before.iter().find(|before| before.name == *name).map(Arc::as_ref);
-            Upstream::new(name, config.clone(), members, before, clock, metrics, probes)
+            let before = known.iter().find(|before| before.name == *name).map(Arc::as_ref);
+            Upstream::new(name, config.clone(), members, before, clock, metrics, &mut probes)
         };
-        planned.map(upstream).collect()
+        let upstreams: Vec<_> = planned.map(upstream).collect();
+        probes.publish();
+        upstreams.iter().for_each(|upstream| upstream.adopt_health());
+        Generation { upstreams, probes }
     }
 }
 

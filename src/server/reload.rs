@@ -16,7 +16,8 @@ use parking_lot::Mutex;
 use pingora_proxy::HttpProxy;
 use tokio::sync::watch;
 
-use super::notify::notify;
+use super::StartError;
+use super::notify::{notify, reloading};
 use super::plan::Plan;
 use crate::clock::Clock;
 use crate::config::{self, Config};
@@ -56,7 +57,7 @@ impl Reloader {
     /// # Errors
     /// Everything that is wrong with the file, or the first thing that stands in its way.
     pub(super) fn reload(&self) -> Result<String, String> {
-        notify("RELOADING=1");
+        reloading();
         let result = self.apply();
         self.metrics.reloaded(result.is_ok());
         match &result {
@@ -69,6 +70,22 @@ impl Reloader {
         result
     }
 
+    /// Writes down our process id, where the configuration says.
+    ///
+    /// # Errors
+    /// It cannot be written there.
+    pub(super) fn write_pid(&self) -> Result<(), StartError> {
+        let path = self.running.lock().server.pid_file.clone();
+        let written =
+            path.as_ref().map(|path| (path, std::fs::write(path, format!("{}\n", std::process::id()))));
+        match written {
+            Some((path, Err(e))) => {
+                Err(StartError(format!("cannot write the pid file {}: {e}", path.display())))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn apply(&self) -> Result<String, String> {
         let mut running = self.running.lock();
         let config = config::load(&self.file, &self.policies).map_err(|report| report.to_string())?;
@@ -77,13 +94,10 @@ impl Reloader {
             return Err("the process is about to end".to_owned());
         }
         let before = self.generations.borrow().clone();
-        let mut probes = before.probes.successor();
-        let upstreams = plan.upstreams(&config, &before.upstreams, self.clock, &self.metrics, &mut probes);
-        probes.publish();
-        upstreams.iter().for_each(|upstream| upstream.adopt_health());
-        self.proxy.configure(&config, upstreams.clone());
+        let generation = plan.generation(&config, Some(&before), self.clock, &self.metrics);
+        self.proxy.configure(&config, generation.upstreams.clone());
         self.door.configure(&config, plan.listeners);
-        self.generations.send_replace(Arc::new(Generation { upstreams, probes }));
+        self.generations.send_replace(Arc::new(generation));
         let waiting = running.fixed_differences(&config);
         *self.drain_timeout.lock() = config.server.drain_timeout;
         *running = config;

@@ -9,6 +9,7 @@
 mod charge;
 mod client;
 mod connections;
+mod heritage;
 mod models;
 mod poller;
 mod probe;
@@ -27,6 +28,7 @@ use pingora_load_balancing::discovery::Static;
 use pingora_load_balancing::{Backend, Backends, LoadBalancer};
 
 pub use charge::Charge;
+pub use heritage::{Heritage, Load};
 pub use models::{Catalog, Serves};
 pub use probe::Probes;
 pub use queue::Refusal;

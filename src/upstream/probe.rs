@@ -13,7 +13,7 @@
 //! probe in the same way share one registry, keyed by address, so that an engine which serves several of them
 //! is probed once and is up or down for all.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use pingora_load_balancing::health_check::HealthCheck;
 use pingora_load_balancing::{Backend, HealthCheckService, HealthRegistry};
 
 use super::client::{Client, NoAnswer};
-use super::{Live, Shared};
+use super::{Heritage, Live, Shared};
 use crate::balance::pulse::Refusals;
 use crate::config;
 
@@ -44,6 +44,7 @@ struct Probed {
     settings: Settings,
     registry: Arc<HealthRegistry>,
     watchers: Watchers,
+    found: Found,
     /// Those who will, once [`Probes::publish`] is called.
     coming: Vec<Watcher>,
 }
@@ -60,6 +61,9 @@ struct Settings {
 /// The upstreams of a registry.
 type Watchers = Arc<RwLock<Vec<Watcher>>>;
 
+/// The backends that are down, while another process says so ([`Probes::inherit`]).
+type Found = Arc<RwLock<Option<BTreeSet<SocketAddr>>>>;
+
 /// An upstream and its backends.
 type Watcher = (Arc<Shared>, HashMap<SocketAddr, Arc<Live>>);
 
@@ -70,6 +74,7 @@ impl Probes {
             settings: probed.settings.clone(),
             registry: probed.registry.clone(),
             watchers: probed.watchers.clone(),
+            found: probed.found.clone(),
             coming: Vec::new(),
         });
         Self { registries: registries.collect() }
@@ -94,17 +99,19 @@ impl Probes {
             known.coming.push(watcher);
             return known.registry.clone();
         }
-        let (registry, watchers) = (registry(), Watchers::default());
+        let (registry, watchers, found) = (registry(), Watchers::default(), Found::default());
         registry.set_health_check(Box::new(Probe {
             client: Client::new(config, settings.authorization.clone()),
             settings: settings.clone(),
             watchers: watchers.clone(),
+            found: found.clone(),
             refusals: Mutex::default(),
         }));
         self.registries.push(Probed {
             settings,
             registry: registry.clone(),
             watchers,
+            found,
             coming: vec![watcher],
         });
         registry
@@ -116,6 +123,18 @@ impl Probes {
             *probed.watchers.write() = std::mem::take(&mut probed.coming);
         }
         self.registries.retain(|probed| !probed.watchers.read().is_empty());
+    }
+
+    /// Takes the backends that another process has found to be down for down, until they are probed.
+    pub async fn inherit(&self, heritage: impl IntoIterator<Item = &Heritage>) {
+        let down: BTreeSet<_> = heritage.into_iter().flat_map(|known| known.down.iter().copied()).collect();
+        for probed in &self.registries {
+            *probed.found.write() = Some(down.clone());
+            for _ in 0..probed.settings.probe.down_after {
+                probed.registry.run_health_check(true).await;
+            }
+            *probed.found.write() = None;
+        }
     }
 
     /// Probes until `shutdown`.
@@ -146,6 +165,7 @@ struct Probe {
     settings: Settings,
     client: Client,
     watchers: Watchers,
+    found: Found,
     /// Of the backends that refused their last probe.
     refusals: Mutex<HashMap<SocketAddr, Refusals>>,
 }
@@ -191,6 +211,14 @@ impl HealthCheck for Probe {
     async fn check(&self, target: &Backend) -> pingora::Result<()> {
         let watched = target.addr.as_inet().map_or_else(Vec::new, |address| self.watched(address));
         let Some((_, live)) = watched.first() else { return Ok(()) };
+        if let Some(down) = &*self.found.read() {
+            let is_down = down.contains(&live.address);
+            return if is_down {
+                Error::e_explain(ErrorType::ConnectError, "down elsewhere")
+            } else {
+                Ok(())
+            };
+        }
         let probe = &self.settings.probe;
         tokio::time::sleep(probe.interval.mul_f64(JITTER * fastrand::f64())).await;
         let answer = self.client.get(live, &self.settings.path, probe.timeout).await;

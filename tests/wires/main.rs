@@ -54,3 +54,5 @@ mod routing;
 mod smuggling;
 #[cfg(test)]
 mod streaming;
+#[cfg(test)]
+mod upgrade;

@@ -76,6 +76,11 @@ impl Recency {
         }
     }
 
+    /// The runs, the most recently used first.
+    pub(super) fn latest(&self) -> impl Iterator<Item = &[u32]> {
+        self.runs.values().rev().map(Vec::as_slice)
+    }
+
     /// How many blocks there are.
     pub(super) const fn held(&self) -> usize {
         self.held

@@ -80,7 +80,7 @@ impl Proxy {
         let mut proxy = Self::spawn_as(binary, keys, rest, &[]);
         proxy.listens().await;
         wait_until("the proxy to be ready", async || {
-            proxy.admin(&Request::get("/readyz")).await.status == 200
+            proxy.admin(&Request::get("/readyz")).await.status == 200 && !proxy.processes().is_empty()
         })
         .await;
         proxy
@@ -227,8 +227,22 @@ impl Proxy {
 
     /// Sends it a signal by its name, such as `TERM`.
     pub fn signal(&self, name: &str) {
-        let command = format!("kill -{name} {}", self.child.id());
-        assert!(Command::new("sh").args(["-c", &command]).status().expect("sh").success(), "{command}");
+        signal(name, self.child.id());
+    }
+
+    /// The processes that have served under this configuration, each the successor of the one before.
+    pub fn processes(&self) -> Vec<u32> {
+        let log = self.log();
+        let ready = log.lines().filter(|line| line.contains(" ready listeners="));
+        ready.filter_map(|line| line.rsplit_once("pid=")?.1.trim().parse().ok()).collect()
+    }
+
+    /// Replaces the process by a successor, and returns when that serves; its process id.
+    pub async fn upgrade(&self) -> u32 {
+        let before = self.processes();
+        signal("USR2", *before.last().expect("a process that serves"));
+        wait_until("the successor to serve", async || self.processes().len() > before.len()).await;
+        *self.processes().last().expect("it serves")
     }
 
     /// Waits until the process has ended by itself.
@@ -250,8 +264,24 @@ impl Proxy {
     }
 }
 
+/// Sends the process `pid` a signal by its name, such as `TERM`.
+pub fn signal(name: &str, pid: u32) {
+    let command = format!("kill -{name} {pid}");
+    assert!(Command::new("sh").args(["-c", &command]).status().expect("sh").success(), "{command}");
+}
+
+/// Whether there is a process `pid`, dead ones that nobody has asked for apart.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+}
+
 impl Drop for Proxy {
     fn drop(&mut self) {
+        let successors = self.processes();
+        for pid in successors.into_iter().filter(|pid| *pid != self.child.id() && is_alive(*pid)) {
+            signal("KILL", pid);
+        }
         let _already_gone = self.child.kill();
         let _status = self.child.wait();
         if std::thread::panicking() {

@@ -1,0 +1,75 @@
+//! What an upstream leaves to the process that takes our place: what was learned, and what is still in flight.
+//!
+//! Without the first, a new binary would send requests to backends that are down, and to engines that have not cached
+//! them. Without the second, two processes would both take the same engine for idle.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{PRICES_LIMIT, Upstream};
+use crate::balance::ledger::Account;
+use crate::prompt::BytesPerToken;
+
+/// Blocks of prefixes handed over for one backend: eight million tokens at the usual four bytes for one.
+const BLOCKS_LIMIT: usize = 1 << 16;
+
+/// What is known of one upstream. A key that is not there, since another version wrote it, is nothing known.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Heritage {
+    /// Backends that are down.
+    pub(super) down: BTreeSet<SocketAddr>,
+    /// Bytes per prompt token, by model.
+    prices: BTreeMap<String, f64>,
+    /// What each backend has probably cached, least recently used first.
+    prefixes: BTreeMap<SocketAddr, Vec<Vec<u64>>>,
+}
+
+/// What is in flight on the backends of one upstream.
+pub type Load = BTreeMap<SocketAddr, Account>;
+
+impl Upstream {
+    /// What we leave.
+    pub fn heritage(&self) -> Heritage {
+        let states = self.states();
+        let prices = self.shared.prices.read();
+        let balancer = self.shared.balancer.lock();
+        Heritage {
+            down: states.iter().filter(|state| !state.healthy).map(|state| state.address).collect(),
+            prices: prices.iter().map(|(model, price)| (model.clone(), price.ratio())).collect(),
+            prefixes: states
+                .iter()
+                .map(|state| (state.address, balancer.prefixes(&state.address, BLOCKS_LIMIT)))
+                .collect(),
+        }
+    }
+
+    /// Begins with what another process has left. Which backends are down is for [`super::Probes::inherit`].
+    pub fn inherit(&self, heritage: &Heritage) {
+        let prices = heritage.prices.iter().take(PRICES_LIMIT);
+        let prices = prices.map(|(model, ratio)| (model.clone(), BytesPerToken::from_ratio(*ratio)));
+        self.shared.prices.write().extend(prices);
+        let mut balancer = self.shared.balancer.lock();
+        for (address, prefixes) in &heritage.prefixes {
+            balancer.remember(address, prefixes);
+        }
+    }
+
+    /// What is in flight, ours and that of the process before us.
+    pub fn load(&self) -> Load {
+        let balancer = self.shared.balancer.lock();
+        self.view().live.keys().map(|address| (*address, balancer.account(address))).collect()
+    }
+
+    /// What the process before us still has in flight; nothing, when it has ended.
+    pub fn observe_predecessor(&self, load: Option<&Load>) {
+        let account = |address| load.and_then(|load| load.get(address)).copied().unwrap_or_default();
+        for address in self.view().live.keys() {
+            self.shared.balancer.lock().observe_elsewhere(address, account(address));
+        }
+        // What has ended there is room here.
+        self.shared.queue.wake();
+    }
+}
