@@ -62,6 +62,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print the JSON schema of the configuration, for editors.
+    Schema,
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -113,6 +115,7 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             }
             Err(code) => code,
         },
+        Command::Schema => say(&format!("{:#}", config::schema(policies))),
         Command::Key { name } => match new_key() {
             Ok(key) => {
                 let hash = config::KeyHash::of(key.as_bytes());

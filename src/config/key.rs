@@ -7,23 +7,23 @@ use std::fmt;
 use std::path::Path;
 
 use ring::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
-use super::{Secret, units};
+use super::{Secret, schema, units};
 
 /// A client's key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "Written")]
 pub struct Key {
     /// The key's hash; of a key that is kept elsewhere, once that has been read.
     pub hash: KeyHash,
     /// Where the key is kept, until it has been read.
     secret: Option<Secret>,
-    /// Most requests per minute, 1 to 1000000; beyond it 429. Absent: no limit.
+    /// Most requests per minute.
     pub requests_per_minute: Option<u32>,
-    /// Most tokens per minute, of prompts and answers together, 1 to 4000000000. A request is let in while the
-    /// last minute's tokens are fewer, so that a prompt longer than what is left is answered too; beyond it
-    /// 429. Absent: no limit.
+    /// Most tokens per minute, of prompts and answers together.
     pub tokens_per_minute: Option<u32>,
 }
 
@@ -52,20 +52,32 @@ impl<'de> Deserialize<'de> for Key {
     }
 }
 
-#[derive(Deserialize)]
+/// A client's key: one of `env`, `file` and `sha256`, and its limits.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["env"]}, {"required": ["file"]}, {"required": ["sha256"]}]))]
 struct Written {
+    /// The environment variable that holds the key.
     env: Option<String>,
+    /// The file that holds the key; refused if everybody on the machine may read it.
     file: Option<std::path::PathBuf>,
+    /// The key's SHA-256, as `plimsoll key` prints it.
     sha256: Option<KeyHash>,
+    /// Most requests per minute, 1 to 1000000; beyond it 429. Absent: no limit.
     #[serde(default, deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
+    #[schemars(schema_with = "schema::between::<1, 1_000_000>")]
     requests_per_minute: Option<u32>,
+    /// Most tokens per minute, of prompts and answers together, 1 to 4000000000. A request is let in while the
+    /// last minute's tokens are fewer, so that a prompt longer than what is left is answered too; beyond it
+    /// 429. Absent: no limit.
     #[serde(default, deserialize_with = "units::some_between::<_, 1, 4_000_000_000>")]
+    #[schemars(schema_with = "schema::between::<1, 4_000_000_000>")]
     tokens_per_minute: Option<u32>,
 }
 
 /// The SHA-256 of a key.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
+#[schemars(with = "String", extend("title" = "SHA-256", "pattern" = "^[0-9A-Fa-f]{64}$"))]
 pub struct KeyHash([u8; SHA256_OUTPUT_LEN]);
 
 impl KeyHash {

@@ -20,6 +20,7 @@ pub mod network;
 mod place;
 pub mod report;
 pub mod route;
+mod schema;
 pub mod secret;
 mod strike;
 mod tree;
@@ -36,6 +37,7 @@ pub use key::{Key, KeyHash};
 pub use network::Network;
 pub use report::{Problem, Report};
 pub use route::{HostPattern, ModelPattern, Route};
+pub use schema::schema;
 pub use secret::Secret;
 pub use upstream::{Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream};
 

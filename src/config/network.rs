@@ -2,13 +2,15 @@
 
 use std::net::IpAddr;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::Deserializer;
 
 use super::units;
 
 /// An IP address and how many of its first bits count; IPv4 as the part of IPv6 that it is mapped to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "String", extend("title" = "network", "pattern" = "^[0-9A-Fa-f:.]+(/[0-9]+)?$"))]
 pub struct Network {
     address: u128,
     bits: u32,

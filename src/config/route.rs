@@ -5,14 +5,16 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Unexpected};
 
+use super::schema;
 use super::units;
 use super::upstream::Retry;
 
 /// The conditions on a request, and the upstream that serves it then.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
     /// The host the client asked for, without port: `api.example.com`, or `*.example.com` for every name
@@ -21,16 +23,19 @@ pub struct Route {
     pub host: Option<HostPattern>,
     /// What the path begins with. Absent: any.
     #[serde(default, deserialize_with = "units::some_url_path")]
+    #[schemars(schema_with = "schema::url_path")]
     pub path: Option<String>,
-    /// The models, each a name or the beginning of one: `qwen*`. Absent (and then empty here): any.
+    /// The models, each a name or the beginning of one: `qwen*`. Absent: any.
     #[serde(default, deserialize_with = "units::one_or_many")]
+    #[schemars(schema_with = "schema::one_or_many::<ModelPattern>")]
     pub model: Vec<ModelPattern>,
-    /// Headers that the request must carry with exactly these values; the names are in lower case here.
-    /// Default: none.
+    /// Headers that the request must carry with exactly these values. Default: none.
     #[serde(default, deserialize_with = "headers")]
+    #[schemars(schema_with = "schema::headers::<HeaderName>")]
     pub headers: BTreeMap<String, String>,
-    /// The names of the keys that may use this route, one or a list. Absent (and then empty here): any.
+    /// The names of the keys that may use this route, one or a list. Absent: any.
     #[serde(default, deserialize_with = "units::one_or_many")]
+    #[schemars(schema_with = "schema::one_or_many::<String>")]
     pub key: Vec<String>,
     /// The name of the upstream. Required.
     pub upstream: String,
@@ -63,7 +68,8 @@ impl Route {
 }
 
 /// A host name in lower case, or `*.` and the end of one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(extend("pattern" = r"^((\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|(\*\.)?\[.*\])$"))]
 pub struct HostPattern(String);
 
 impl HostPattern {
@@ -101,7 +107,8 @@ impl<'de> Deserialize<'de> for HostPattern {
 }
 
 /// The name of a model, or the beginning of one and `*`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(extend("pattern" = r"^([^*]+\*?|\*)$"))]
 pub struct ModelPattern(String);
 
 impl ModelPattern {
@@ -141,7 +148,8 @@ fn headers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String
 }
 
 /// A header's name, in lower case.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
+#[derive(PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
+#[schemars(extend("pattern" = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"))]
 struct HeaderName(String);
 
 impl<'de> Deserialize<'de> for HeaderName {

@@ -6,12 +6,14 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 use subtle::{Choice, ConstantTimeEq as _};
 
 /// A secret and where it came from. Its `Debug` shows the latter only.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "Written")]
 pub struct Secret {
     source: Source,
     value: String,
@@ -94,14 +96,19 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Where a secret is kept: one of these.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["env"]}, {"required": ["file"]}]))]
+struct Written {
+    /// The environment variable that holds it.
+    env: Option<String>,
+    /// The file that holds it; refused if everybody on the machine may read it.
+    file: Option<PathBuf>,
+}
+
 impl<'de> Deserialize<'de> for Secret {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Written {
-            env: Option<String>,
-            file: Option<PathBuf>,
-        }
         let Written { env, file } = Written::deserialize(deserializer)?;
         match Self::from_source(env, file) {
             Some(Ok(secret)) => Ok(secret),

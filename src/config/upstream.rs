@@ -8,10 +8,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
+use super::schema;
 use super::secret::Secret;
 use super::units;
 use crate::balance::retry::{Cause, Rule};
@@ -19,7 +21,7 @@ use crate::engine::Engine;
 use crate::policy::PolicyConfig;
 
 /// A named group of interchangeable backends.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
     /// What the backends run: `vllm`, `sglang`, `tgi`, `trtllm`, `llamacpp`, `lmdeploy`, or `openai` for
@@ -29,10 +31,13 @@ pub struct Upstream {
     /// `random_two`, `lmetric`, `blend`, one of this binary's own, or a map of one of them to its options.
     /// Default least_pending_tokens.
     #[serde(deserialize_with = "units::policy")]
+    #[schemars(schema_with = "schema::policy")]
     pub policy: PolicyConfig,
     /// What the backends serve. Default discover.
+    #[schemars(schema_with = "schema::models")]
     pub models: Models,
     /// Required, at least one.
+    #[schemars(length(min = 1))]
     pub backends: Vec<Backend>,
     /// TLS to the backends. Absent: plaintext.
     pub tls: Option<BackendTls>,
@@ -47,29 +52,36 @@ pub struct Upstream {
     /// Failures within `fail_timeout` that eject a backend, 0 to 1000; 0 ejects none. Default 3. Client
     /// errors, 429 and what another backend fails on too do not count.
     #[serde(deserialize_with = "units::between::<_, 0, 1000>")]
+    #[schemars(schema_with = "schema::between::<0, 1000>")]
     pub max_fails: u32,
     /// How long failures are remembered, and how long an ejected backend gets no requests. Default 30s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub fail_timeout: Duration,
     /// How long a backend that joins or comes back takes to reach its weight, from a tenth of it; `off` for at
     /// once. Default 10s. It does not apply when the whole fleet starts.
     #[serde(deserialize_with = "units::duration_or_off")]
+    #[schemars(schema_with = "schema::duration_or_off")]
     pub slow_start: Duration,
     /// How long a backend with requests in flight may send nothing before it gets no more of them; `off` for
     /// ever. Default 60s. Its streams are not cut, and its first byte brings it back. An answer that is not
     /// streamed sends nothing until its end: where such answers take longer, so should this.
     #[serde(deserialize_with = "units::duration_or_off")]
+    #[schemars(schema_with = "schema::duration_or_off")]
     pub stall_timeout: Duration,
     /// Requests in flight per backend, 1 to 1000000; beyond it they queue. Absent: no limit.
     #[serde(deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
+    #[schemars(schema_with = "schema::between::<1, 1_000_000>")]
     pub max_requests: Option<u32>,
     /// Where requests wait once every backend has `max_requests`.
     pub queue: Queue,
     /// Active health check; `off` for none.
     #[serde(deserialize_with = "units::off_or")]
+    #[schemars(schema_with = "schema::off_or::<Probe>")]
     pub probe: Option<Probe>,
     /// Reading of the engine's metrics; `off` for none.
     #[serde(deserialize_with = "units::off_or")]
+    #[schemars(schema_with = "schema::off_or::<Poll>")]
     pub poll: Option<Poll>,
 }
 
@@ -112,11 +124,14 @@ impl Upstream {
 }
 
 /// One engine: `10.0.0.1:8000`, or a map with its weight.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(deny_unknown_fields, transform = schema::or_address)]
 pub struct Backend {
     /// Host and port. Required.
+    #[schemars(schema_with = "schema::address")]
     pub address: String,
     /// Its share of the work relative to the others, 1 to 1000. Default 1.
+    #[schemars(default = "ordinary_weight", schema_with = "schema::between::<1, 1000>")]
     pub weight: u32,
 }
 
@@ -208,7 +223,7 @@ impl<'de> Visitor<'de> for ModelsVisitor {
 }
 
 /// TLS to the backends.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BackendTls {
     /// The name that the backends' certificates bear. Absent: the host of each address.
@@ -216,18 +231,21 @@ pub struct BackendTls {
 }
 
 /// How long we wait for a backend. There is no limit on a whole answer: as long as tokens come, it is alive.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
     /// For a connection. Default 5s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub connect: Duration,
     /// For each read of the answer: the wait for its first byte (the engine's queue and the whole prefill) as
     /// well as the gaps within it. Default 600s; the 15 to 60 s that are usual elsewhere cut good answers.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub read: Duration,
     /// For each write of the request. Default 60s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub send: Duration,
 }
 
@@ -242,18 +260,21 @@ impl Default for Timeouts {
 }
 
 /// Idle connections to the backends, kept for the next request.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Keepalive {
     /// How long one is kept. Default 4s: uvicorn and llama.cpp close theirs after 5 s, and a request that
     /// meets the closing is lost.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub idle_timeout: Duration,
     /// How many are kept, 0 to 100000; 0 keeps none. Default 100.
     #[serde(deserialize_with = "units::between::<_, 0, 100_000>")]
+    #[schemars(schema_with = "schema::between::<0, 100_000>")]
     pub connections: u32,
     /// Requests after which one is closed, 1 to 1000000. Absent: no limit.
     #[serde(deserialize_with = "units::some_between::<_, 1, 1_000_000>")]
+    #[schemars(schema_with = "schema::between::<1, 1_000_000>")]
     pub requests: Option<u32>,
 }
 
@@ -264,15 +285,17 @@ impl Default for Keepalive {
 }
 
 /// When a request goes to another backend. Never once a byte of an answer has gone to the client.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
     /// Attempts in all, the first among them, 1 to 10. Default 2: if two backends fail, it is likely the
     /// request.
     #[serde(deserialize_with = "units::between::<_, 1, 10>")]
+    #[schemars(schema_with = "schema::between::<1, 10>")]
     pub tries: u32,
     /// No further attempt later than this after the request arrived. Default 10s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub within: Duration,
     /// The causes. Default connect, closed, status_502, status_503, stream_error: there the request was not
     /// worked on, or its work is lost. Not status_500 (a poisonous prompt would visit every backend) nor
@@ -296,14 +319,16 @@ impl Default for Retry {
 }
 
 /// Where requests wait once every backend has its `max_requests`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Queue {
     /// Most requests that wait, 0 to 1000000; beyond it 503 with `Retry-After`. Default 1000.
     #[serde(deserialize_with = "units::between::<_, 0, 1_000_000>")]
+    #[schemars(schema_with = "schema::between::<0, 1_000_000>")]
     pub length: u32,
     /// Longest wait; then 503 with `Retry-After`. Default 30s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub timeout: Duration,
 }
 
@@ -314,23 +339,28 @@ impl Default for Queue {
 }
 
 /// Active health check: a GET that is answered, with anything below 500.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Probe {
     /// What is asked for. Absent: the health path of the engine.
     #[serde(deserialize_with = "units::some_url_path")]
+    #[schemars(schema_with = "schema::url_path")]
     pub path: Option<String>,
     /// From one probe to the next. Default 5s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub interval: Duration,
     /// For the answer. Default 10s: a saturated engine misses the usual 1 s, and is not dead.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub timeout: Duration,
     /// Failures in a row until a backend gets no requests, 1 to 100. Default 3.
     #[serde(deserialize_with = "units::between::<_, 1, 100>")]
+    #[schemars(schema_with = "schema::between::<1, 100>")]
     pub down_after: u32,
     /// Successes in a row until it gets requests again, 1 to 100. Default 2.
     #[serde(deserialize_with = "units::between::<_, 1, 100>")]
+    #[schemars(schema_with = "schema::between::<1, 100>")]
     pub up_after: u32,
 }
 
@@ -347,17 +377,20 @@ impl Default for Probe {
 }
 
 /// Reading of the engine's metrics. They guard and correct our own counters; they do not decide.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Poll {
     /// Where they are. Absent: the metrics path of the engine; an engine without one is not polled.
     #[serde(deserialize_with = "units::some_url_path")]
+    #[schemars(schema_with = "schema::url_path")]
     pub path: Option<String>,
     /// From one reading to the next. Default 1s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub interval: Duration,
     /// For the answer. Default 2s.
     #[serde(deserialize_with = "units::duration")]
+    #[schemars(schema_with = "schema::duration")]
     pub timeout: Duration,
 }
 

@@ -9,6 +9,7 @@ mod exposition;
 mod preset;
 mod reading;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use exposition::{Labels, Sample, samples};
@@ -16,7 +17,7 @@ pub use preset::{Capacity, Preset};
 pub use reading::{Reading, read};
 
 /// The dialect of a backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
     /// vLLM

@@ -13,6 +13,7 @@
 //! (research/routing.md s.1.1), but each squeezes its score into 0 to 1 first, so that a difference of one
 //! waiting request may count as much as one of a hundred; sums of plain costs keep their proportions.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::least_connections::LeastConnections;
@@ -22,14 +23,17 @@ use super::{Candidate, Fleet, Policy, Request};
 
 /// The factor of each part, 0 or more; a part that is left out has none. With no part at all,
 /// [`Options::USUAL`] is meant.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
     /// What a token of the cost of `least_pending_tokens` counts for.
+    #[schemars(range(min = 0))]
     pub least_pending_tokens: Option<f64>,
     /// What a request per unit of weight counts for.
+    #[schemars(range(min = 0))]
     pub least_connections: Option<f64>,
     /// What a token request of the cost of `lmetric` counts for.
+    #[schemars(range(min = 0))]
     pub lmetric: Option<f64>,
 }
 

@@ -17,20 +17,24 @@
 //! Source: DESIGN.md s.5; research/routing.md s.4 and s.7.1, where the constants were found to be flat (alpha
 //! 200 to 1,600, beta 0.02 to 0.1, lambda 2 to 4): they need no tuning per site.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Candidate, Fleet, Policy, Request};
 
 /// The constants of the formula.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
     /// alpha: what one request in flight counts for, in prompt tokens; 0 or more. Default 400.
+    #[schemars(range(min = 0))]
     pub request_tokens: f64,
     /// beta: what one prompt token held in flight counts for, in pending tokens; 0 or more. Default 0.05.
+    #[schemars(range(min = 0))]
     pub context_factor: f64,
     /// lambda on an idle fleet: how many times an uncached token counts; 1 (only own delay) or more. Default
     /// 3.
+    #[schemars(range(min = 1))]
     pub uncached_factor: f64,
 }
 

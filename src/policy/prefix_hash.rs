@@ -19,15 +19,17 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use pingora_ketama::{Bucket, Continuum, DEFAULT_POINT_MULTIPLE};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Candidate, Choice, Fleet, Member, Policy, Reason, Request, Slot, cheapest, least_connections};
 
 /// The options of the policy.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
     /// How much busier than the mean a backend may be and still take its own keys; above 1. Default 1.25.
+    #[schemars(extend("exclusiveMinimum" = 1))]
     pub load_factor: f64,
 }
 
