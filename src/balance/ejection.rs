@@ -62,6 +62,14 @@ pub struct Record {
     trial_until: Time,
     /// Another backend has answered since this one last did.
     overtaken: bool,
+    /// For who asks why: the last failure, how many ejected it, and since when it is ejected, tried or left alone.
+    last: Option<&'static str>,
+    faults: u32,
+    ejected_at: Time,
+    tried_at: Time,
+    cooling_at: Time,
+    /// It asked to be left alone itself.
+    full: bool,
 }
 
 impl Record {
@@ -85,9 +93,52 @@ impl Record {
         now < self.cooling_until
     }
 
-    /// Leaves the backend alone for `span`, because it said it is full, or to see whether another is better.
+    /// Leaves the backend alone for `span`, because it said it is full.
     pub fn cool(&mut self, now: Time, span: Duration) {
+        self.pause(now, span);
+        self.full = true;
+    }
+
+    /// Leaves the backend alone for `span`.
+    fn pause(&mut self, now: Time, span: Duration) {
+        if !self.cooling(now) {
+            self.cooling_at = now;
+            self.full = false;
+        }
         self.cooling_until = self.cooling_until.max(now + span);
+    }
+
+    /// What its last failure was called.
+    pub fn remark(&mut self, failure: &'static str) {
+        self.last = Some(failure);
+    }
+
+    /// Why it is ejected, or was the last time.
+    pub fn why_ejected(&self) -> String {
+        failures(self.faults, self.last)
+    }
+
+    /// Why it is left alone for a moment.
+    pub fn why_cooling(&self) -> String {
+        match self.full {
+            true => format!("it says that it is full: {}", self.last.unwrap_or("no reason given")),
+            false => format!("{} in a row, others are asked first", failures(self.suspects, self.last)),
+        }
+    }
+
+    /// Since when it is ejected.
+    pub fn ejected_at(&self) -> Time {
+        self.ejected_at
+    }
+
+    /// Since when it is on trial.
+    pub fn tried_at(&self) -> Time {
+        self.tried_at
+    }
+
+    /// Since when it is left alone for a moment.
+    pub fn cooling_at(&self) -> Time {
+        self.cooling_at
     }
 
     /// The backend was chosen. One on probation is on trial until it answers or fails; if the request goes
@@ -95,6 +146,7 @@ impl Record {
     pub fn choose(&mut self, rule: Rule, now: Time) {
         if self.probation && !self.ejected(now) {
             self.trial_until = now + rule.fail_timeout;
+            self.tried_at = now;
         }
     }
 
@@ -135,7 +187,7 @@ impl Record {
                 self.suspects += 1;
                 let many = self.suspects >= rule.max_fails;
                 if many && !self.overtaken {
-                    self.cool(now, PAUSE);
+                    self.pause(now, PAUSE);
                 }
                 return self.overtaken && many;
             }
@@ -160,11 +212,22 @@ impl Record {
             ejected_until: now + span,
             unreachable: fault == Fault::Certain,
             cooling_until: self.cooling_until,
+            cooling_at: self.cooling_at,
+            full: self.full,
             probation: true,
+            last: self.last,
+            faults: self.fails.max(self.suspects),
+            ejected_at: now,
             ..Self::default()
         };
         span
     }
+}
+
+/// So many failures, of which the last is called so.
+fn failures(count: u32, last: Option<&'static str>) -> String {
+    let s = if count == 1 { "" } else { "s" };
+    format!("{count} failure{s}: {}", last.unwrap_or("of a kind that is not known"))
 }
 
 /// How many of `members` may be ejected together: all but one for certain faults, which no request can

@@ -12,6 +12,7 @@
 //! settle(charge)                     the end, exactly once
 //! ```
 
+pub mod drain;
 pub mod ejection;
 pub mod gauge;
 pub mod index;
@@ -20,6 +21,7 @@ pub mod pulse;
 pub mod retry;
 pub mod share;
 pub mod slow_start;
+pub mod state;
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -34,8 +36,9 @@ use gauge::Gauge;
 use index::PrefixIndex;
 use ledger::{Account, Charge, Ledger};
 use pulse::Pulse;
-use retry::Fault;
+use retry::Failure;
 use share::Share;
+pub use state::{Standing, State};
 
 /// What an upstream's configuration says to its balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +73,8 @@ pub enum NoPick {
     Full,
     /// Every backend has been tried, or there is none.
     Exhausted,
+    /// Every backend is being drained.
+    Drained,
 }
 
 /// Which backends are asked, the best first.
@@ -79,7 +84,7 @@ pub enum Tier {
     Available,
     /// Those that are up and not ejected: they live, but had rather be left alone.
     Reluctant,
-    /// All of them: the last resort.
+    /// All of them but those that are being drained: the last resort.
     Any,
 }
 
@@ -95,35 +100,6 @@ const MEAN_WEIGHT: f64 = 0.05;
 const CROWD_MEMBERS: usize = 3;
 const CROWD_SHARE: f64 = 0.8;
 const CROWD_REQUESTS: u64 = 8;
-
-/// One backend, as an observer sees it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct State {
-    /// Its address.
-    pub address: SocketAddr,
-    /// Configured weight.
-    pub weight: u32,
-    /// The verdict of the probes.
-    pub healthy: bool,
-    /// Ejected for its faults.
-    pub ejected: bool,
-    /// Back from an ejection, and tried by one request that has not been answered.
-    pub on_trial: bool,
-    /// Asked to be left alone.
-    pub cooling: bool,
-    /// Its engine is out of KV memory and has a queue, says a fresh reading: others go first.
-    pub strained: bool,
-    /// It has had requests in flight for `stall_timeout` and sent nothing.
-    pub stalled: bool,
-    /// What it owes.
-    pub account: Account,
-    /// Part of the requests of the last ten seconds, 0 to 1.
-    pub share: f64,
-    /// Blocks of prefixes remembered for it.
-    pub prefix_blocks: usize,
-    /// Its engine's last readings and their age, if it was ever polled.
-    pub reading: Option<(Reading, Duration)>,
-}
 
 /// A backend's part of the balancer beside its account.
 #[derive(Debug)]
@@ -141,6 +117,13 @@ struct Backend {
     busy_since: Time,
     /// What the process before us still has in flight on it.
     elsewhere: Account,
+    /// What was wrong at the last probe, for who asks, and when the probes' verdict last changed.
+    probe_failure: Option<String>,
+    judged_at: Option<Time>,
+    /// Since when it gets no new request, because somebody asked for that.
+    draining: Option<Time>,
+    /// The weight that was set in the place of the configured one, and the latter.
+    reweighed: Option<drain::Reweighed>,
 }
 
 /// The balancer of one upstream.
@@ -201,13 +184,19 @@ impl Balancer {
             if !before.is_empty() && before.iter().all(|member| member.slot != slot) {
                 self.backends[slot.0 as usize].since = Some(now);
             }
+            let weight = self.backends[slot.0 as usize].weigh(weight);
             self.members.push(Member { slot, address, weight });
         }
         // Its account stays, for what is in flight; what it had cached does not come back with it.
         for gone in before.iter().filter(|old| self.members.iter().all(|m| m.slot != old.slot)) {
             self.index.clear(gone.slot.0 as usize);
-            self.backends[gone.slot.0 as usize].gauge = None;
+            let backend = &mut self.backends[gone.slot.0 as usize];
+            (backend.gauge, backend.draining, backend.reweighed) = (None, None, None);
         }
+        self.weights_changed();
+    }
+
+    fn weights_changed(&mut self) {
         self.heaviest = self.members.iter().map(|m| m.weight).max().unwrap_or(1).max(1);
         self.policy.rebuild(&self.members);
     }
@@ -277,11 +266,14 @@ impl Balancer {
     /// The backend failed; for how long that ejects it, if it does. `elsewhere` says that another backend
     /// answered the same request.
     #[must_use]
-    pub fn fail(&mut self, slot: Slot, fault: Fault, elsewhere: bool, now: Time) -> Option<Duration> {
-        let rule = self.settings.ejection;
-        let ejected = |b: &&Member| self.backends[b.slot.0 as usize].record.ejected(now);
-        let full = self.members.iter().filter(ejected).count() >= ejection::limit(self.members.len(), fault);
+    pub fn fail(&mut self, slot: Slot, failure: Failure, elsewhere: bool, now: Time) -> Option<Duration> {
+        let (rule, fault) = (self.settings.ejection, failure.fault());
+        // One that is being drained is nobody to fall back on.
+        let serving = || self.members.iter().filter(|m| !self.is_draining(m.slot));
+        let ejected = serving().filter(|m| self.backends[m.slot.0 as usize].record.ejected(now)).count();
+        let full = ejected >= ejection::limit(serving().count(), fault);
         let record = &mut self.backends[slot.0 as usize].record;
+        record.remark(failure.name());
         let out = record.fail(rule, fault, elsewhere, now) && !full;
         out.then(|| record.eject(rule, fault, self.rng.f64(), now))
     }
@@ -292,9 +284,19 @@ impl Balancer {
         slot.is_some_and(|slot| self.backends[slot.0 as usize].record.reach(now))
     }
 
-    /// The backend said it is full: prefer others for `span`.
-    pub fn cool(&mut self, slot: Slot, span: Duration, now: Time) {
-        self.backends[slot.0 as usize].record.cool(now, span);
+    /// The backend said so that it is full: prefer others for `span`.
+    pub fn cool(&mut self, slot: Slot, failure: Failure, span: Duration, now: Time) {
+        let record = &mut self.backends[slot.0 as usize].record;
+        record.remark(failure.name());
+        record.cool(now, span);
+    }
+
+    /// What was wrong at the last probe of the backend at `address`, in words for people; `None` for nothing. Not
+    /// every such probe changes the verdict: see [`Balancer::observe_health`].
+    pub fn observe_probe(&mut self, address: &SocketAddr, failure: Option<String>) {
+        if let Some(slot) = self.ledger.slot(address) {
+            self.backends[slot.0 as usize].probe_failure = failure;
+        }
     }
 
     /// The probes' verdict on the backend at `address` has changed. One that went down has lost its cache, as
@@ -304,6 +306,9 @@ impl Balancer {
         let backend = &mut self.backends[slot.0 as usize];
         if healthy && !backend.healthy {
             backend.since = Some(now);
+        }
+        if backend.healthy != healthy {
+            backend.judged_at = Some(now);
         }
         backend.healthy = healthy;
         if !healthy {
@@ -387,6 +392,9 @@ impl Balancer {
     /// Among whom [`Balancer::pick`] would choose: the best tier with an untried backend; but no one who is
     /// full.
     pub fn tier(&self, tried: &[Slot], now: Time) -> Result<Tier, NoPick> {
+        if !self.members.is_empty() && self.members.iter().all(|m| self.is_draining(m.slot)) {
+            return Err(NoPick::Drained);
+        }
         let untried = || self.members.iter().filter(|m| !tried.contains(&m.slot));
         let tier = [Tier::Available, Tier::Reluctant]
             .into_iter()
@@ -404,30 +412,6 @@ impl Balancer {
         self.members.iter().any(|m| self.admits(Tier::Reluctant, m.slot, now))
     }
 
-    /// Every backend as it stands.
-    pub fn states(&mut self, now: Time) -> Vec<State> {
-        let mut states = Vec::with_capacity(self.members.len());
-        let requests = f64::from(self.share.total(now).max(1));
-        for member in &self.members {
-            let backend = &self.backends[member.slot.0 as usize];
-            states.push(State {
-                address: member.address,
-                weight: member.weight,
-                healthy: backend.healthy,
-                ejected: backend.record.ejected(now),
-                on_trial: backend.record.on_trial(now),
-                cooling: backend.record.cooling(now),
-                strained: backend.is_strained(now),
-                stalled: self.is_stalled(member.slot, now),
-                account: *self.ledger.account(member.slot),
-                share: f64::from(self.share.of(member.slot)) / requests,
-                prefix_blocks: self.index.held(member.slot.0 as usize),
-                reading: backend.gauge.map(|gauge| (gauge.reading, now.since(gauge.at))),
-            });
-        }
-        states
-    }
-
     fn open(&mut self, address: SocketAddr) -> Slot {
         let slot = self.ledger.open(address);
         // Slots are given out in order, and only here.
@@ -438,6 +422,9 @@ impl Balancer {
     }
 
     fn admits(&self, tier: Tier, slot: Slot, now: Time) -> bool {
+        if self.is_draining(slot) {
+            return false;
+        }
         match tier {
             Tier::Available => self.is_available(slot, now),
             Tier::Reluctant => self.backends[slot.0 as usize].is_alive(now),
@@ -454,8 +441,7 @@ impl Balancer {
         if stall_timeout.is_zero() || self.ledger.account(slot).active_requests == 0 {
             return false;
         }
-        let backend = &self.backends[slot.0 as usize];
-        now.since(backend.busy_since.max(backend.pulse.last().unwrap_or(Time::ZERO))) >= stall_timeout
+        now.since(self.backends[slot.0 as usize].silent_since()) >= stall_timeout
     }
 
     fn has_room(&self, slot: Slot) -> bool {
@@ -516,7 +502,7 @@ impl Balancer {
     /// with one request more, would not be half as busy.
     fn is_lopsided(&mut self, now: Time) -> bool {
         let total = self.share.total(now);
-        let available = || self.members.iter().filter(|m| self.is_available(m.slot, now));
+        let available = || self.members.iter().filter(|m| self.admits(Tier::Available, m.slot, now));
         let active = |m: &Member| u64::from(self.ledger.account(m.slot).active_requests);
         let crowd = available().find(|m| {
             f64::from(self.share.of(m.slot)) > CROWD_SHARE * f64::from(total) && active(m) >= CROWD_REQUESTS
@@ -540,7 +526,16 @@ impl Backend {
             pulse: Arc::default(),
             busy_since: Time::ZERO,
             elsewhere: Account::default(),
+            probe_failure: None,
+            judged_at: None,
+            draining: None,
+            reweighed: None,
         }
+    }
+
+    /// Since when it has sent nothing, if it has requests.
+    fn silent_since(&self) -> Time {
+        self.busy_since.max(self.pulse.last().unwrap_or(Time::ZERO))
     }
 
     fn is_alive(&self, now: Time) -> bool {

@@ -4,9 +4,9 @@
 //! The balancer is driven as the proxy drives it, and beside it a model: a plain list of the requests in flight and of
 //! the recent picks, from which every figure is counted anew after each step.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
-use super::retry::{Budget, Failure, Progress, retry};
+use super::retry::{Budget, Failure, Fault, Progress, retry};
 use super::*;
 use crate::policy::PolicyConfig;
 
@@ -65,6 +65,7 @@ impl Drop for Replay {
 struct Seen {
     full: u32,
     exhausted: u32,
+    drained: u32,
     last_resorts: u32,
     ejections: u32,
     refuted: u32,
@@ -77,11 +78,23 @@ struct Seen {
 
 impl Seen {
     fn is_everything(&self) -> bool {
-        let Self { full, exhausted, last_resorts, ejections, refuted, .. } = *self;
+        let Self { full, exhausted, drained, last_resorts, ejections, refuted, .. } = *self;
         let Self { retries, orphans, strained, stalled, cached, .. } = *self;
-        [full, exhausted, last_resorts, ejections, refuted, retries, orphans, strained, stalled, cached]
-            .iter()
-            .all(|&count| count > 10)
+        [
+            full,
+            exhausted,
+            drained,
+            last_resorts,
+            ejections,
+            refuted,
+            retries,
+            orphans,
+            strained,
+            stalled,
+            cached,
+        ]
+        .iter()
+        .all(|&count| count > 10)
     }
 }
 
@@ -101,6 +114,8 @@ struct World {
     settings: Settings,
     balancer: Balancer,
     members: Vec<(SocketAddr, u32)>,
+    /// Of members: whether they are drained, and a weight in the place of theirs.
+    decided: HashMap<SocketAddr, (bool, Option<u32>)>,
     flights: Vec<Flight>,
     /// The second of each pick, and where it went.
     picks: VecDeque<(u64, SocketAddr)>,
@@ -132,6 +147,7 @@ impl World {
             settings,
             balancer: Balancer::new(settings, policy, rng.u64(..)),
             members: Vec::new(),
+            decided: HashMap::new(),
             flights: Vec::new(),
             picks: VecDeque::new(),
             rule: retry::Rule { tries: rng.u32(1..4), within: Duration::from_secs(10), on },
@@ -172,6 +188,7 @@ impl World {
             75..80 => self.probe(seen),
             80..85 => self.scrape(),
             85..88 => self.reload(),
+            88..91 => self.operate(),
             _ => self.wait(),
         }
     }
@@ -195,7 +212,8 @@ impl World {
         assert_eq!(picked.as_ref().err(), tier.as_ref().err(), "what was promised");
 
         let slot = |state: &State| self.balancer.ledger.slot(&state.address).unwrap();
-        let untried: Vec<&State> = states.iter().filter(|state| !tried.contains(&slot(state))).collect();
+        let untried: Vec<&State> =
+            states.iter().filter(|s| !s.draining && !tried.contains(&slot(s))).collect();
         let is_alive = |s: &State| s.healthy && !s.ejected;
         let is_available = |s: &State| is_alive(s) && !s.on_trial && !s.cooling && !s.stalled;
         let available: Vec<&State> = untried.iter().copied().filter(|s| is_available(s)).collect();
@@ -208,6 +226,10 @@ impl World {
             Err(NoPick::Exhausted) => {
                 seen.exhausted += 1;
                 assert!(untried.is_empty(), "{untried:?} were not tried");
+            }
+            Err(NoPick::Drained) => {
+                seen.drained += 1;
+                assert!(!states.is_empty() && states.iter().all(|state| state.draining), "{states:?}");
             }
             Err(NoPick::Full) => {
                 seen.full += 1;
@@ -240,18 +262,19 @@ impl World {
         let failure = *self.rng.choice(&FAILURES).unwrap();
         let (slot, fault) = (flight.charge.slot(), failure.fault());
         if fault == Fault::BackPressure {
-            self.balancer.cool(slot, Duration::from_secs(self.rng.u64(..20)), self.now);
+            self.balancer.cool(slot, failure, Duration::from_secs(self.rng.u64(..20)), self.now);
         }
-        let span = self.balancer.fail(slot, fault, self.rng.bool(), self.now);
+        let span = self.balancer.fail(slot, failure, self.rng.bool(), self.now);
         let states = self.balancer.states(self.now);
         let state = states.iter().find(|state| state.address == flight.address);
         if let Some(span) = span {
             seen.ejections += 1;
             assert!(matches!(fault, Fault::Suspect | Fault::Certain) && span > Duration::ZERO, "{failure:?}");
             assert!(state.is_none_or(|state| state.ejected));
-            let ejected = states.iter().filter(|state| state.ejected).count();
+            let serving: Vec<_> = states.iter().filter(|state| !state.draining).collect();
+            let ejected = serving.iter().filter(|state| state.ejected).count();
             assert!(
-                state.is_none() || ejected <= ejection::limit(states.len(), fault),
+                state.is_none() || ejected <= ejection::limit(serving.len(), fault),
                 "{ejected} are ejected"
             );
         }
@@ -336,8 +359,39 @@ impl World {
         let mut numbers: Vec<u8> = (0..BACKENDS).collect();
         self.rng.shuffle(&mut numbers);
         numbers.truncate(self.rng.usize(..=usize::from(BACKENDS)));
+        let before = std::mem::take(&mut self.members);
         self.members = numbers.into_iter().map(|n| (address(n), self.rng.u32(1..5))).collect();
+        // A decision goes with its backend, and that on a weight with another weight in the configuration.
+        self.decided.retain(|address, _| self.members.iter().any(|member| member.0 == *address));
+        for member in self.members.iter().filter(|member| !before.contains(member)) {
+            self.decided.entry(member.0).or_default().1 = None;
+        }
         self.balancer.set_members(self.members.iter().copied(), self.now);
+    }
+
+    /// Somebody drains a backend, lets it serve again, or gives it another weight.
+    fn operate(&mut self) {
+        let address = self.any_address();
+        let is_member = self.members.iter().any(|member| member.0 == address);
+        let decided = self.decided.entry(address).or_default();
+        let known = match self.rng.u8(..3) {
+            0 => {
+                decided.0 = true;
+                self.balancer.drain(&address, self.now)
+            }
+            1 => {
+                decided.0 = false;
+                self.balancer.undrain(&address)
+            }
+            _ => {
+                decided.1 = Some(self.rng.u32(1..5));
+                self.balancer.reweigh(&address, decided.1.unwrap()).is_some()
+            }
+        };
+        assert_eq!(known, is_member);
+        if !is_member {
+            self.decided.remove(&address);
+        }
     }
 
     fn wait(&mut self) {
@@ -364,8 +418,13 @@ impl World {
         let since = (self.second() + 1).saturating_sub(SHARE_SECONDS);
         self.picks.retain(|pick| pick.0 >= since);
         let states = self.balancer.states(self.now);
-        let members: Vec<_> = states.iter().map(|state| (state.address, state.weight)).collect();
-        assert_eq!(members, self.members);
+        let shown: Vec<_> = states.iter().map(|s| (s.address, s.weight, s.draining)).collect();
+        let decided = |address| self.decided.get(address).copied().unwrap_or_default();
+        let expected = self.members.iter().map(|(address, weight)| {
+            let (draining, reweighed) = decided(address);
+            (*address, reweighed.unwrap_or(*weight), draining)
+        });
+        assert_eq!(shown, expected.collect::<Vec<_>>());
         for state in &states {
             let picks = self.picks.iter().filter(|pick| pick.1 == state.address).count();
             assert_eq!(state.share, picks as f64 / self.picks.len().max(1) as f64, "{state:?}");
@@ -373,7 +432,7 @@ impl World {
             seen.strained += u32::from(state.strained);
             seen.stalled += u32::from(state.stalled);
         }
-        let any_available = states.iter().any(|state| state.healthy && !state.ejected);
+        let any_available = states.iter().any(|state| state.healthy && !state.ejected && !state.draining);
         assert_eq!(self.balancer.any_available(self.now), any_available);
     }
 

@@ -68,9 +68,9 @@ fn tried_down_ejected_and_cooling_backends_are_left_out_until_nothing_else_remai
     let mut b = balancer(4, SETTINGS);
     b.observe_health(&address(0), false, now);
     let ejected = slot(&b, 1);
-    assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now).is_some()));
+    assert!((0..3).any(|_| b.fail(ejected, Failure::Connect, false, now).is_some()));
     let cooling = slot(&b, 2);
-    b.cool(cooling, Duration::from_secs(5), now);
+    b.cool(cooling, Failure::Status(429), Duration::from_secs(5), now);
     for _ in 0..20 {
         let pick = b.pick(&request(&[]), &[], now).unwrap();
         assert_eq!((pick.address, pick.reason), (address(3), Reason::Only));
@@ -111,7 +111,7 @@ fn suspected_faults_never_eject_more_than_the_limit() {
     let mut ejected = 0;
     for n in 0..8 {
         let slot = slot(&b, n);
-        ejected += (0..10).filter(|_| b.fail(slot, Fault::Suspect, true, Time::ZERO).is_some()).count();
+        ejected += (0..10).filter(|_| b.fail(slot, Failure::Closed, true, Time::ZERO).is_some()).count();
     }
     assert_eq!(ejected, 2);
 }
@@ -219,7 +219,7 @@ fn a_backend_that_returns_from_ejection_gets_one_request_until_that_is_answered(
     let now = Time::ZERO + Duration::from_secs(1);
     let mut b = balancer(2, SETTINGS);
     let ill = slot(&b, 0);
-    let span = (0..3).find_map(|_| b.fail(ill, Fault::Suspect, true, now)).unwrap();
+    let span = (0..3).find_map(|_| b.fail(ill, Failure::Closed, true, now)).unwrap();
     let back = now + span;
     let sent = |b: &mut Balancer, at: Time| {
         let picks: Vec<_> = (0..40).map(|_| b.pick(&request(&[]), &[], at).unwrap()).collect();
@@ -273,7 +273,7 @@ fn no_policy_picks_who_was_tried_or_is_ejected_while_another_is_left() {
     let now = Time::ZERO + Duration::from_secs(1);
     for (name, mut b) in every_policy(4) {
         let (ejected, tried) = (slot(&b, 1), slot(&b, 2));
-        assert!((0..3).any(|_| b.fail(ejected, Fault::Certain, false, now).is_some()));
+        assert!((0..3).any(|_| b.fail(ejected, Failure::Connect, false, now).is_some()));
         for n in 0..200 {
             let blocks = [n, n + 1_000];
             let pick = b.pick(&request(&blocks), &[tried], now).unwrap();
@@ -330,7 +330,7 @@ fn those_who_had_rather_be_left_alone_go_before_those_who_are_down() {
     let mut b = balancer(2, SETTINGS);
     b.observe_health(&address(0), false, now);
     let busy = slot(&b, 1);
-    b.cool(busy, Duration::from_secs(5), now);
+    b.cool(busy, Failure::Status(429), Duration::from_secs(5), now);
     assert!(b.any_available(now), "it lives");
     for _ in 0..10 {
         let pick = b.pick(&request(&[]), &[], now).unwrap();

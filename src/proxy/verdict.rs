@@ -34,7 +34,7 @@ impl Proxy {
         match failure.fault() {
             Fault::None if is_stale => ctx.suspects.push((address, slot, failure)),
             Fault::None => {}
-            Fault::BackPressure => upstream.cool(slot, wait.unwrap_or(COOL_DOWN)),
+            Fault::BackPressure => upstream.cool(slot, failure, wait.unwrap_or(COOL_DOWN)),
             Fault::Suspect => ctx.suspects.push((address, slot, failure)),
             Fault::Certain => upstream.fail(address, slot, failure, false),
         }

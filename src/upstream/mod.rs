@@ -11,6 +11,7 @@ mod client;
 mod connections;
 mod heritage;
 mod models;
+mod operate;
 mod poller;
 mod probe;
 mod queue;
@@ -263,7 +264,7 @@ impl Upstream {
     /// The backend failed. `elsewhere` says that another backend answered the same request.
     pub fn fail(&self, address: SocketAddr, slot: Slot, failure: Failure, elsewhere: bool) {
         let now = self.shared.clock.now();
-        let ejected = self.shared.balancer.lock().fail(slot, failure.fault(), elsewhere, now);
+        let ejected = self.shared.balancer.lock().fail(slot, failure, elsewhere, now);
         if let Some(span) = ejected {
             let (name, reason) = (&self.name, failure.name());
             log::warn!("backend ejected upstream={name} backend={address} reason={reason} for={span:?}");
@@ -271,10 +272,10 @@ impl Upstream {
         }
     }
 
-    /// The backend said it is full: prefer others for `span`, but no longer than `fail_timeout`.
-    pub fn cool(&self, slot: Slot, span: Duration) {
+    /// The backend said so that it is full: prefer others for `span`, but no longer than `fail_timeout`.
+    pub fn cool(&self, slot: Slot, failure: Failure, span: Duration) {
         let span = span.min(self.config.fail_timeout);
-        self.shared.balancer.lock().cool(slot, span, self.shared.clock.now());
+        self.shared.balancer.lock().cool(slot, failure, span, self.shared.clock.now());
     }
 
     /// Counts a retry after `failure`.
@@ -338,9 +339,18 @@ impl Shared {
         }
     }
 
+    /// A probe of a backend came to nothing, and why.
+    fn miss(&self, address: &SocketAddr, failure: &str) {
+        self.balancer.lock().observe_probe(address, Some(failure.to_owned()));
+    }
+
     /// A probe of a backend has been answered.
     fn reach(&self, address: &SocketAddr) {
-        if self.balancer.lock().reach(address, self.clock.now()) {
+        let mut balancer = self.balancer.lock();
+        balancer.observe_probe(address, None);
+        let returns = balancer.reach(address, self.clock.now());
+        drop(balancer);
+        if returns {
             log::info!("backend returns upstream={} backend={address} by=probe", self.name);
             self.queue.wake();
         }

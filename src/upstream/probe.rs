@@ -223,15 +223,17 @@ impl HealthCheck for Probe {
         tokio::time::sleep(probe.interval.mul_f64(JITTER * fastrand::f64())).await;
         let answer = self.client.get(live, &self.settings.path, probe.timeout).await;
         self.note(&watched, answer.as_ref().is_err_and(NoAnswer::is_refused));
-        match answer {
+        let (kind, failure) = match answer {
             Ok((..500, _)) => {
                 watched.iter().for_each(|(shared, live)| shared.reach(&live.address));
-                Ok(())
+                return Ok(());
             }
-            Ok((status, _)) => Error::e_explain(ErrorType::HTTPStatus(status), "probe"),
-            Err(NoAnswer::Late) if self.was_heard_lately(&watched) => Ok(()),
-            Err(no_answer) => Error::e_explain(ErrorType::ConnectError, format!("probe: {no_answer}")),
-        }
+            Ok((status, _)) => (ErrorType::HTTPStatus(status), format!("status {status}")),
+            Err(NoAnswer::Late) if self.was_heard_lately(&watched) => return Ok(()),
+            Err(no_answer) => (ErrorType::ConnectError, no_answer.to_string()),
+        };
+        watched.iter().for_each(|(shared, live)| shared.miss(&live.address, &failure));
+        Error::e_explain(kind, format!("probe: {failure}"))
     }
 
     async fn health_status_change(&self, target: &Backend, healthy: bool) {

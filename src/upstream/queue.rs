@@ -51,7 +51,12 @@ impl Queue {
 
     /// Whether nobody waits, so that an arrival may try at once.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::SeqCst) == 0
+        self.len() == 0
+    }
+
+    /// How many wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
     }
 
     /// Waits until `attempt` succeeds: tries when it is this request's turn, and whenever there may be room.
