@@ -42,13 +42,12 @@ pub fn status_table(json: &str) -> String {
             (0..HEADINGS.len()).map(|at| rows.iter().map(|row| row[at].len()).max().unwrap_or(0)).collect();
         for row in rows {
             let cells = row.iter().zip(&widths).enumerate();
-            let line: Vec<String> = cells
-                .map(
-                    |(at, (cell, width))| {
-                        if at < 2 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-                    },
-                )
-                .collect();
+            let line: Vec<String> =
+                cells
+                    .map(|(at, (cell, width))| {
+                        if at < 2 || at == 10 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                    })
+                    .collect();
             out += &format!("  {}\n", line.join("  ").trim_end());
         }
     }
@@ -56,19 +55,13 @@ pub fn status_table(json: &str) -> String {
     out
 }
 
-const HEADINGS: [&str; 10] =
-    ["backend", "state", "weight", "pending", "active", "context", "share", "running", "waiting", "kv"];
+const HEADINGS: [&str; 11] = [
+    "backend", "state", "weight", "pending", "active", "context", "share", "running", "waiting", "kv",
+    "reason",
+];
 
 /// A backend's line in the table.
 fn row(backend: &Value) -> [String; HEADINGS.len()] {
-    let is = |key: &str| backend[key].as_bool() == Some(true);
-    let states = ["ejected", "stalled", "on_trial", "cooling", "strained"];
-    let state = match states.into_iter().find(|key| is(key)) {
-        _ if !is("healthy") => "down",
-        Some("on_trial") => "on trial",
-        Some(state) => state,
-        None => "up",
-    };
     let number = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), |number| number.to_string());
     let percent = |value: &Value| {
         value.as_f64().map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", part * 100.0))
@@ -76,7 +69,7 @@ fn row(backend: &Value) -> [String; HEADINGS.len()] {
     let engine = &backend["engine"];
     [
         backend["address"].as_str().unwrap_or("?").to_owned(),
-        state.to_owned(),
+        backend["state"].as_str().unwrap_or("?").replace('_', " "),
         number(&backend["weight"]),
         number(&backend["pending_tokens"]),
         number(&backend["active_requests"]),
@@ -85,6 +78,7 @@ fn row(backend: &Value) -> [String; HEADINGS.len()] {
         number(&engine["running"]),
         number(&engine["waiting"]),
         percent(&engine["kv_usage"]),
+        backend["reason"].as_str().unwrap_or("").to_owned(),
     ]
 }
 
@@ -106,7 +100,7 @@ fn told(admin: &Admin, method: &str, path: &str) -> Result<String, String> {
 fn ask(admin: &Admin, method: &str, path: &str) -> io::Result<(u16, String)> {
     let token = admin.token.as_ref().map(|token| format!("authorization: Bearer {}\r\n", token.expose()));
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: plimsoll\r\ncontent-length: 0\r\nconnection: close\r\n{}\r\n",
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\nconnection: close\r\n{}\r\n",
         token.unwrap_or_default()
     );
     let answer = match &admin.address {
@@ -151,8 +145,11 @@ mod tests {
             )
         };
         let backends = [
-            backend("10.0.0.1:8000", r#","engine":{"running":3,"waiting":0,"kv_usage":0.413}"#),
-            backend("10.0.0.10:8000", r#","ejected":true,"cooling":true,"engine":null"#),
+            backend(
+                "10.0.0.1:8000",
+                r#","state":"up","reason":null,"engine":{"running":3,"waiting":0,"kv_usage":0.413}"#,
+            ),
+            backend("10.0.0.10:8000", r#","state":"on_trial","reason":"why","engine":null"#),
         ];
         let status = format!(
             r#"{{"version":"0.1.0","upstreams":{{"llama":{{"policy":"round_robin","backends":[{}]}}}}}}"#,
@@ -161,9 +158,9 @@ mod tests {
         assert_eq!(
             status_table(&status),
             "plimsoll 0.1.0\n\nllama, round_robin\n  \
-             backend         state    weight  pending  active  context  share  running  waiting    kv\n  \
-             10.0.0.1:8000   up            1     1200       3        9   25 %        3        0  41 %\n  \
-             10.0.0.10:8000  ejected       1     1200       3        9   25 %        -        -     -"
+             backend         state     weight  pending  active  context  share  running  waiting    kv  reason\n  \
+             10.0.0.1:8000   up             1     1200       3        9   25 %        3        0  41 %\n  \
+             10.0.0.10:8000  on trial       1     1200       3        9   25 %        -        -     -  why"
         );
         assert_eq!(status_table("no JSON"), "no JSON");
         assert_eq!(status_table("{}"), "plimsoll ?");

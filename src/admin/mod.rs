@@ -1,44 +1,126 @@
-//! The admin listener: metrics, liveness, readiness, and the state of every backend.
+//! The admin listener: what those who run this process ask of it, and tell it.
 //!
 //! It has a listener and a thread of its own, so that a scrape never waits behind traffic: on loopback, on a Unix
 //! socket, or where others can reach it, and then it asks for a token. `/livez` and `/readyz` never do: they are
-//! for kubelets and balancers, and name nothing.
+//! for kubelets and balancers, and name nothing. All there is: [`endpoints`], and `docs/openapi.yaml` for machines.
+
+mod backends;
+mod endpoints;
+mod guard;
+mod query;
+mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use http::{Response, StatusCode, header};
+use http::{HeaderValue, Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::balance::State;
-use crate::config::Secret;
+use crate::config;
 use crate::observe::metrics::Metrics;
-use crate::proxy::Proxy;
+use crate::proxy::{CHOICES_LIMIT, Proxy};
+use endpoints::{Ask, Unknown};
+use guard::Guard;
+use query::Query;
 
 /// The application behind the admin listener.
 pub struct Admin {
     proxy: Proxy,
     metrics: Arc<Metrics>,
-    token: Option<Secret>,
-    reload: Arc<Reload>,
+    guard: Guard,
+    process: Arc<dyn Process>,
 }
 
-/// Reloads the configuration, and says what came of it, or why nothing did. It may take its time.
-pub type Reload = dyn Fn() -> Result<String, String> + Send + Sync;
+/// What of the process is asked here and decided elsewhere.
+#[async_trait]
+pub trait Process: Send + Sync {
+    /// Reloads the configuration, and says what came of it, or why nothing did. It may take its time.
+    fn reload(&self) -> Result<String, String>;
+
+    /// What came of the last reload, whoever asked for it; `None` if there was none.
+    fn last_reload(&self) -> Option<Reloaded>;
+
+    /// Lets another process take the place of this one, and says which, or why none has.
+    async fn upgrade(&self) -> Result<String, String>;
+}
+
+/// What came of a reload.
+#[derive(Clone, Debug)]
+pub struct Reloaded {
+    /// Whether another configuration runs since.
+    pub ok: bool,
+    /// What of it applies, or why nothing has changed.
+    pub said: String,
+    /// How long ago it was.
+    pub ago: Duration,
+}
+
+/// An answer, whole.
+type Answer = Response<Vec<u8>>;
+
+/// What is wrong with a question, and the status that says so.
+struct Flaw(StatusCode, String);
+
+impl From<String> for Flaw {
+    fn from(why: String) -> Self {
+        Self(StatusCode::UNPROCESSABLE_ENTITY, why)
+    }
+}
 
 impl Admin {
-    /// The admin of this proxy, for whoever has this token.
-    pub fn new(proxy: Proxy, metrics: Arc<Metrics>, token: Option<Secret>, reload: Box<Reload>) -> Self {
-        Self { proxy, metrics, token, reload: reload.into() }
+    /// The admin of this proxy and process, as `config` has it.
+    pub fn new(
+        proxy: Proxy,
+        metrics: Arc<Metrics>,
+        config: &config::Admin,
+        process: Arc<dyn Process>,
+    ) -> Self {
+        Self { proxy, metrics, guard: Guard::new(&config.address, config.token.clone()), process }
     }
 
-    fn may_ask(&self, request: &RequestHeader) -> bool {
-        let Some(token) = &self.token else { return true };
-        let presented = request.headers.get(header::AUTHORIZATION).and_then(|value| bearer(value.as_bytes()));
-        presented.is_some_and(|presented| token.is(presented))
+    /// Whether the request may have an answer; if not, what it gets.
+    fn refusal(&self, request: &RequestHeader) -> Option<Answer> {
+        if !self.guard.knows_token(request) {
+            let mut refusal = text(StatusCode::UNAUTHORIZED, "only with the token\n");
+            refusal.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            return Some(refusal);
+        }
+        let why = self.guard.is_foreign(request)?;
+        Some(text(StatusCode::FORBIDDEN, format!("{why}\n")))
+    }
+
+    /// The answer to a request that may have one, and knows or does not know the token.
+    async fn answer(&self, ask: Ask, request: &RequestHeader, may_ask: bool) -> Result<Answer, Flaw> {
+        let query = request.uri.query();
+        Ok(match ask {
+            Ask::Metrics => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
+            Ask::Livez => text(StatusCode::OK, "ok\n"),
+            Ask::Readyz => self.readiness(may_ask),
+            Ask::Status => json(&self.status()),
+            Ask::Choices => {
+                let limit = Query::parse(query, &["limit"])?.number("limit")?;
+                json(&self.choices(limit.map_or(CHOICES_LIMIT, |limit| limit as usize)))
+            }
+            Ask::Requests => json(&self.requests()),
+            Ask::LastReload => {
+                json(&self.process.last_reload().as_ref().map_or(Value::Null, status::reloaded))
+            }
+            Ask::Reload => self.reload().await,
+            Ask::Upgrade => match self.process.upgrade().await {
+                Ok(said) => text(StatusCode::OK, format!("upgraded: {said}\n")),
+                Err(why) => text(
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                    format!("{}\nnot upgraded: nothing has changed\n", why.trim_end()),
+                ),
+            },
+            Ask::Drain => text(StatusCode::OK, self.drain(query)?),
+            Ask::Undrain => text(StatusCode::OK, self.undrain(query)?),
+            Ask::Weight => text(StatusCode::OK, self.reweigh(query)?),
+        })
     }
 
     fn exposition(&self) -> Vec<u8> {
@@ -49,67 +131,27 @@ impl Admin {
         self.metrics.exposition()
     }
 
-    fn status(&self) -> Value {
-        let upstreams: serde_json::Map<_, _> = self
-            .proxy
-            .upstreams()
-            .iter()
-            .map(|upstream| {
-                let backends: Vec<_> = upstream.states().iter().map(backend).collect();
-                let policy = upstream.config.policy.name();
-                (upstream.name.clone(), json!({ "policy": policy, "backends": backends }))
-            })
-            .collect();
-        json!({ "version": env!("CARGO_PKG_VERSION"), "upstreams": upstreams })
-    }
-}
-
-#[async_trait]
-impl ServeHttp for Admin {
-    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
-        let request = session.req_header();
-        let (path, may_ask) = (request.uri.path(), self.may_ask(request));
-        if !may_ask && !matches!(path, "/livez" | "/readyz") {
-            let mut refusal = text(StatusCode::UNAUTHORIZED, "only with the token\n");
-            refusal
-                .headers_mut()
-                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
-            return refusal;
-        }
-        match (request.method.as_str(), path) {
-            ("POST", "/reload") => self.reload().await,
-            (_, "/reload") => text(StatusCode::METHOD_NOT_ALLOWED, "only POST\n"),
-            ("GET" | "HEAD", _) => self.tell(path, may_ask),
-            _ => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
-        }
-    }
-}
-
-impl Admin {
-    fn tell(&self, path: &str, may_ask: bool) -> Response<Vec<u8>> {
-        match path {
-            "/metrics" => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
-            "/livez" => text(StatusCode::OK, "ok\n"),
-            "/readyz" => {
-                let upstreams = self.proxy.upstreams();
-                let without: Vec<_> =
-                    upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
-                if without.len() < upstreams.len() {
-                    return text(StatusCode::OK, "ok\n");
-                }
-                let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
-                text(StatusCode::SERVICE_UNAVAILABLE, format!("no backend is up{names}\n"))
+    fn readiness(&self, may_ask: bool) -> Answer {
+        let upstreams = self.proxy.upstreams();
+        let without: Vec<_> =
+            upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
+        let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
+        match without.len() {
+            _ if self.proxy.is_stopping() => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping\n")
             }
-            "/status" => answer(StatusCode::OK, "application/json", format!("{:#}\n", self.status())),
-            _ => {
-                text(StatusCode::NOT_FOUND, "there is /metrics, /status, /livez and /readyz; POST /reload\n")
+            0 => text(StatusCode::OK, "ok\n"),
+            n if n < upstreams.len() && may_ask => {
+                text(StatusCode::OK, format!("ok, but no backend is up{names}\n"))
             }
+            n if n < upstreams.len() => text(StatusCode::OK, "ok\n"),
+            _ => text(StatusCode::SERVICE_UNAVAILABLE, format!("no backend is up{names}\n")),
         }
     }
 
-    async fn reload(&self) -> Response<Vec<u8>> {
-        let reload = self.reload.clone();
-        match tokio::task::spawn_blocking(move || reload()).await {
+    async fn reload(&self) -> Answer {
+        let process = self.process.clone();
+        match tokio::task::spawn_blocking(move || process.reload()).await {
             Ok(Ok(said)) => text(StatusCode::OK, format!("reloaded: {said}\n")),
             Ok(Err(why)) => {
                 text(StatusCode::UNPROCESSABLE_ENTITY, format!("{why}\nnot reloaded: nothing has changed\n"))
@@ -119,48 +161,46 @@ impl Admin {
     }
 }
 
-/// The token of `authorization: Bearer TOKEN`.
-fn bearer(value: &[u8]) -> Option<&[u8]> {
-    let (scheme, token) = value.split_at_checked(7)?;
-    scheme.eq_ignore_ascii_case(b"Bearer ").then(|| token.trim_ascii())
+#[async_trait]
+impl ServeHttp for Admin {
+    async fn response(&self, session: &mut ServerSession) -> Answer {
+        let request = session.req_header();
+        let path = request.uri.path();
+        let refusal = self.refusal(request);
+        let may_ask = refusal.is_none();
+        if let Some(refusal) = refusal.filter(|_| !endpoints::is_open(path)) {
+            return refusal;
+        }
+        match endpoints::find(request.method.as_str(), path) {
+            Ok(endpoint) => match self.answer(endpoint.ask, request, may_ask).await {
+                Ok(answer) => answer,
+                Err(Flaw(status, why)) => text(status, why + "\n"),
+            },
+            Err(Unknown::Path) => text(StatusCode::NOT_FOUND, endpoints::list()),
+            Err(Unknown::Method(methods)) => {
+                let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, format!("only {methods}\n"));
+                if let Ok(methods) = HeaderValue::from_str(&methods) {
+                    refusal.headers_mut().insert(header::ALLOW, methods);
+                }
+                refusal
+            }
+        }
+    }
 }
 
-fn backend(state: &State) -> Value {
-    let reading = state.reading.map(|(reading, age)| {
-        json!({
-            "running": reading.running,
-            "waiting": reading.waiting,
-            "kv_usage": reading.kv_usage,
-            "age_seconds": age.as_secs_f64(),
-        })
-    });
-    json!({
-        "address": state.address.to_string(),
-        "weight": state.weight,
-        "healthy": state.healthy,
-        "ejected": state.ejected,
-        "strained": state.strained,
-        "stalled": state.stalled,
-        "on_trial": state.on_trial,
-        "cooling": state.cooling,
-        "pending_tokens": state.account.pending_tokens,
-        "active_requests": state.account.active_requests,
-        "context_tokens": state.account.context_tokens,
-        "share": state.share,
-        "prefix_blocks": state.prefix_blocks,
-        "engine": reading,
-    })
-}
-
-fn text(status: StatusCode, body: impl Into<Vec<u8>>) -> Response<Vec<u8>> {
+fn text(status: StatusCode, body: impl Into<Vec<u8>>) -> Answer {
     answer(status, "text/plain", body)
 }
 
-fn answer(status: StatusCode, kind: &'static str, body: impl Into<Vec<u8>>) -> Response<Vec<u8>> {
+fn json(value: &Value) -> Answer {
+    answer(StatusCode::OK, "application/json", format!("{value:#}\n"))
+}
+
+fn answer(status: StatusCode, kind: &'static str, body: impl Into<Vec<u8>>) -> Answer {
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
     let length = response.body().len();
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
-    response.headers_mut().insert(header::CONTENT_LENGTH, header::HeaderValue::from(length));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     response
 }

@@ -48,6 +48,25 @@ impl Balancer {
         Some(before)
     }
 
+    /// Whether the backend at `address` drains, and, if its weight was set, the configured one and that.
+    pub fn decided(&self, address: &SocketAddr) -> (bool, Option<[u32; 2]>) {
+        let Some(slot) = self.member(address) else { return (false, None) };
+        let backend = &self.backends[slot.0 as usize];
+        (backend.draining.is_some(), backend.reweighed.map(|weight| [weight.configured, weight.set]))
+    }
+
+    /// Decides so again, for another process, with what [`Balancer::decided`] said there. A weight that is no longer
+    /// configured as it was then is left.
+    pub fn decide(&mut self, address: &SocketAddr, (drains, weight): (bool, Option<[u32; 2]>), now: Time) {
+        let configured = self.members.iter().find(|member| member.address == *address).map(|m| m.weight);
+        if let Some([_, set]) = weight.filter(|[before, _]| configured == Some(*before)) {
+            self.reweigh(address, set);
+        }
+        if drains {
+            self.drain(address, now);
+        }
+    }
+
     pub(super) fn is_draining(&self, slot: Slot) -> bool {
         self.backends[slot.0 as usize].draining.is_some()
     }

@@ -84,6 +84,11 @@ impl BackendMetrics {
     pub fn count(&self, outcome: Outcome) {
         self.requests[outcome as usize].inc();
     }
+
+    /// How many requests have ended how.
+    pub fn outcomes(&self) -> impl Iterator<Item = (Outcome, u64)> {
+        Outcome::ALL.into_iter().zip(self.requests.iter().map(IntCounter::get))
+    }
 }
 
 /// The counters of one upstream that belong to none of its backends.

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::access::{Key, Spent};
 use super::body::Body;
+use super::flights::{Flight, Flights, Shown};
 use super::setup::Setup;
 use super::tap::Tap;
 use crate::balance::retry::{self, Failure};
@@ -29,6 +30,7 @@ struct Count {
     handed_over: AtomicBool,
     /// One of the counts has become zero.
     none: Notify,
+    flights: Flights,
 }
 
 impl InFlight {
@@ -82,41 +84,61 @@ impl InFlight {
         self.count() == 0 && (!self.is_handed_over() || self.connections() == 0)
     }
 
+    /// Each request as it is at `now`, the oldest first.
+    pub fn shown(&self, now: Time) -> Vec<Shown> {
+        self.0.flights.shown(now)
+    }
+
     /// A client has connected.
-    pub fn connect(&self) -> Entered {
-        Entered::new(&self.0, |count| &count.connections)
+    pub fn connect(&self) -> Connected {
+        self.0.connections.fetch_add(1, Ordering::AcqRel);
+        Connected(self.0.clone())
     }
 
-    pub(super) fn enter(&self) -> Entered {
-        Entered::new(&self.0, |count| &count.requests)
+    pub(super) fn enter(&self, now: Time) -> Entered {
+        self.0.requests.fetch_add(1, Ordering::AcqRel);
+        let (flight, seat) = self.0.flights.enter(now);
+        Entered { count: self.0.clone(), flight, seat }
     }
 }
 
-/// One request in flight, or one connection, until dropped.
-pub struct Entered {
+impl Count {
+    fn leave(&self, which: &AtomicUsize) {
+        if which.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.none.notify_waiters();
+        }
+    }
+}
+
+/// One open connection of a client, until dropped.
+pub struct Connected(Arc<Count>);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.leave(&self.0.connections);
+    }
+}
+
+/// One request in flight, until dropped.
+pub(super) struct Entered {
     count: Arc<Count>,
-    which: fn(&Count) -> &AtomicUsize,
-}
-
-impl Entered {
-    fn new(count: &Arc<Count>, which: fn(&Count) -> &AtomicUsize) -> Self {
-        which(count).fetch_add(1, Ordering::AcqRel);
-        Self { count: count.clone(), which }
-    }
+    /// What is told of it meanwhile.
+    pub(super) flight: Arc<Flight>,
+    seat: usize,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        if (self.which)(&self.count).fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.count.none.notify_waiters();
-        }
+        self.count.flights.leave(self.seat);
+        self.count.leave(&self.count.requests);
     }
 }
 
 /// The context of one request. It owns every guard, so that dropping it gives everything back, after a panic
 /// too.
 pub struct Context {
-    _in_flight: Entered,
+    /// That it is in flight, and how far it has come.
+    pub(super) entered: Entered,
     /// What it goes by.
     pub(super) setup: Arc<Setup>,
     pub(super) arrived: Time,
@@ -178,8 +200,6 @@ pub(super) struct Attempt {
     /// A stream's header and first bytes, until its first event has been looked at.
     pub(super) held: Option<(Box<ResponseHeader>, Vec<u8>)>,
     pub(super) last_read: Option<Time>,
-    /// Reads of the answer so far.
-    pub(super) reads: u64,
 }
 
 impl Attempt {
@@ -194,15 +214,14 @@ impl Attempt {
             tap: Tap::new(false),
             held: None,
             last_read: None,
-            reads: 0,
         }
     }
 }
 
 impl Context {
-    pub(super) fn new(setup: Arc<Setup>, arrived: Time, in_flight: Entered) -> Self {
+    pub(super) fn new(setup: Arc<Setup>, arrived: Time, entered: Entered) -> Self {
         Self {
-            _in_flight: in_flight,
+            entered,
             setup,
             arrived,
             admitted_at: arrived,

@@ -44,6 +44,7 @@ impl Proxy {
         }
         match keys.find(&request.headers) {
             Ok(key) => {
+                ctx.entered.flight.show_key(&key);
                 ctx.key = Some(key);
                 Ok(false)
             }
@@ -107,6 +108,7 @@ impl Proxy {
         let digest = ctx.digest.insert(digest);
         let request = upstream.price(digest, ctx.session);
         ctx.prompt_tokens = request.prompt_tokens;
+        ctx.entered.flight.route(&upstream, digest.model.as_deref(), ctx.prompt_tokens);
         if let Some(key) = &key {
             ctx.spent = Some(key.spend(ctx.prompt_tokens, self.clock.now()).map_err(Unread::Refused)?);
         }

@@ -19,6 +19,7 @@
 mod access;
 mod body;
 mod context;
+mod flights;
 pub mod forward;
 pub mod hygiene;
 mod intake;
@@ -46,7 +47,7 @@ use pingora::{BError, Error, ErrorSource, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 
 use crate::balance::retry::{Budget, Failure};
-use crate::clock::Clock;
+use crate::clock::{Clock, Time};
 use crate::config;
 use crate::observe::metrics::Metrics;
 use crate::policy::Reason;
@@ -54,6 +55,8 @@ use crate::upstream::Upstream;
 use body::{Room, Unread};
 use context::Attempt;
 pub use context::{Context, InFlight};
+use flights::Choices;
+pub use flights::{CHOICES_LIMIT, Chosen, Shown, Stage};
 use forward::Origin;
 pub(crate) use hygiene::is_host;
 pub(crate) use intake::new_id;
@@ -80,6 +83,7 @@ pub struct Proxy {
     budget: Arc<Mutex<Budget>>,
     uses: Arc<ConnectionUses>,
     in_flight: InFlight,
+    choices: Arc<Choices>,
 }
 
 impl Proxy {
@@ -102,6 +106,7 @@ impl Proxy {
             budget: Arc::default(),
             uses: Arc::default(),
             in_flight: InFlight::default(),
+            choices: Arc::default(),
         }
     }
 
@@ -126,6 +131,21 @@ impl Proxy {
     pub fn in_flight(&self) -> InFlight {
         self.in_flight.clone()
     }
+
+    /// The requests in flight as they are, the oldest first.
+    pub fn requests(&self) -> Vec<Shown> {
+        self.in_flight.shown(self.clock.now())
+    }
+
+    /// The last choices of a backend, at most `limit` and [`CHOICES_LIMIT`], the newest first.
+    pub fn choices(&self, limit: usize) -> Vec<Chosen> {
+        self.choices.shown(limit, self.clock.now())
+    }
+
+    /// For how long the process has run.
+    pub fn uptime(&self) -> Duration {
+        self.clock.now().since(Time::ZERO)
+    }
 }
 
 #[async_trait]
@@ -133,12 +153,14 @@ impl ProxyHttp for Proxy {
     type CTX = Context;
 
     fn new_ctx(&self) -> Context {
-        Context::new(self.setup.read().clone(), self.clock.now(), self.in_flight.enter())
+        let now = self.clock.now();
+        Context::new(self.setup.read().clone(), now, self.in_flight.enter(now))
     }
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<()> {
         forward::to_origin_form(session.req_header_mut())?;
         ctx.id = intake::request_id(session.req_header());
+        ctx.entered.flight.identify(&ctx.id);
         let Setup { limits, trusted, .. } = &*ctx.setup;
         ctx.client = Origin::of(session, trusted).client(session.req_header(), trusted);
         session.set_write_timeout(Some(limits.client_write_timeout));
@@ -186,9 +208,12 @@ impl ProxyHttp for Proxy {
         let fresh = ctx.attempts > 0 || upstream.config.keepalive.connections == 0;
         let peer = peer::peer(&upstream.config, &live, fresh);
         live.metrics.attempts.inc();
+        let now = self.clock.now();
+        ctx.entered.flight.send(&live);
+        self.choices.add(&ctx.entered.flight, &live, &charge, now);
         ctx.attempts += 1;
         ctx.tries += 1;
-        ctx.attempt = Some(Attempt { close_after: fresh, ..Attempt::new(charge, live, self.clock.now()) });
+        ctx.attempt = Some(Attempt { close_after: fresh, ..Attempt::new(charge, live, now) });
         Ok(Box::new(peer))
     }
 
@@ -342,7 +367,7 @@ impl ProxyHttp for Proxy {
             let metrics = &attempt.live.metrics;
             attempt.live.heard(now);
             metrics.stream_reads.inc();
-            attempt.reads += 1;
+            ctx.entered.flight.read();
             if attempt.tap.is_stream()
                 && let Some(last) = attempt.last_read.replace(now)
             {
@@ -350,6 +375,7 @@ impl ProxyHttp for Proxy {
             }
             if attempt.tap.read(chunk) {
                 attempt.charge.answer();
+                ctx.entered.flight.answer();
                 let ttft = now.since(arrived);
                 if attempt.tap.is_stream() {
                     metrics.ttft.observe(ttft.as_secs_f64());

@@ -78,7 +78,8 @@ fn settle(ctx: &Context, outcome: Outcome, usage: Option<Usage>, now: Time) {
     use Outcome::{ClientGone, Cut, Ok};
     let Some(key) = &ctx.key else { return };
     key.metrics.count(outcome);
-    let reads = ctx.attempt.as_ref().filter(|attempt| attempt.tap.is_stream()).map_or(0, |a| a.reads);
+    let is_stream = ctx.attempt.as_ref().is_some_and(|attempt| attempt.tap.is_stream());
+    let reads = if is_stream { ctx.entered.flight.reads() } else { 0 };
     let (prompt, completion) = match usage {
         Some(usage) => (usage.prompt_tokens, usage.completion_tokens),
         None if ctx.attempts > 0 && matches!(outcome, Ok | Cut | ClientGone) => (ctx.prompt_tokens, reads),

@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use parking_lot::Mutex;
 use pingora::apps::HttpServerOptions;
 use pingora::protocols::http::v2::server::default_h2_options;
@@ -27,9 +28,9 @@ use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
 use pingora_proxy::HttpProxy;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::admin::Admin;
+use crate::admin::{self, Admin, Reloaded};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
@@ -41,7 +42,7 @@ use listening::{Gate, Listening};
 use plan::Plan;
 pub use predecessor::Predecessor;
 use reload::{Generation, Reloader};
-use signals::{Signals, Watched};
+use signals::{Asked, Signals, Watched};
 use sockets::{Socket, Sockets};
 use successor::Upgrader;
 
@@ -99,7 +100,7 @@ pub fn run(
     let door =
         Door::new(Ingress::new(app, plan.listeners, &config, in_flight.clone(), clock, metrics.clone()));
     let listeners: Vec<_> = config.listeners.iter().map(|listener| listener.address.clone()).collect();
-    let token = config.admin.as_ref().and_then(|admin| admin.token.clone());
+    let admin = config.admin.clone();
     let generations = watch::Sender::new(Arc::new(generation));
     let again = sockets.again().map_err(|e| StartError(format!("no sockets for a successor: {e}")))?;
     let upgrader = Arc::new(Upgrader {
@@ -116,6 +117,7 @@ pub fn run(
         door: door.clone(),
         drain_timeout: Mutex::new(config.server.drain_timeout),
         running: Mutex::new(config),
+        last: Mutex::default(),
         generations,
     });
     if predecessor.is_none() {
@@ -130,12 +132,12 @@ pub fn run(
         threads: None,
         gate: gate.clone(),
     });
-    if let Some(socket) = sockets.admin {
-        let reload = reloader.clone();
-        let admin = Admin::new(proxy, metrics.clone(), token, Box::new(move || reload.reload()));
+    let (upgrades, asked) = mpsc::channel(1);
+    if let (Some(socket), Some(config)) = (sockets.admin, &admin) {
+        let process = Process { reloader: reloader.clone(), upgrades };
         server.add_service(Listening {
             name: "admin",
-            app: Arc::new(admin),
+            app: Arc::new(Admin::new(proxy, metrics.clone(), config, Arc::new(process))),
             sockets: vec![socket],
             threads: Some(1),
             gate: gate.clone(),
@@ -155,10 +157,33 @@ pub fn run(
             follows: watch::Sender::new(false),
         },
     ));
-    let (_ask, asked) = tokio::sync::mpsc::channel(1);
     let signals = Signals { signals: ending, asked: Mutex::new(Some(asked)), upgrader, in_flight, metrics };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
     Ok(())
+}
+
+/// What the admin listener can have done to this process.
+struct Process {
+    reloader: Arc<Reloader>,
+    upgrades: mpsc::Sender<Asked>,
+}
+
+#[async_trait]
+impl admin::Process for Process {
+    fn reload(&self) -> Result<String, String> {
+        self.reloader.reload()
+    }
+
+    fn last_reload(&self) -> Option<Reloaded> {
+        self.reloader.last_reload()
+    }
+
+    async fn upgrade(&self) -> Result<String, String> {
+        let (whom, said) = oneshot::channel();
+        // One at a time; when the process is about to end, nobody listens any more.
+        self.upgrades.try_send(whom).map_err(|_| "another upgrade is under way, or the end".to_owned())?;
+        said.await.unwrap_or_else(|_| Err("the process is about to end".to_owned()))
+    }
 }
 
 /// All that can go wrong before anything runs.

@@ -19,7 +19,8 @@ use tokio::sync::watch;
 use super::StartError;
 use super::notify::{notify, reloading};
 use super::plan::Plan;
-use crate::clock::Clock;
+use crate::admin::Reloaded;
+use crate::clock::{Clock, Time};
 use crate::config::{self, Config};
 use crate::ingress::Door;
 use crate::observe::metrics::Metrics;
@@ -48,6 +49,8 @@ pub(super) struct Reloader {
     /// Of it, what the drain needs, which must not wait for a reload.
     pub(super) drain_timeout: Mutex<Duration>,
     pub(super) generations: watch::Sender<Arc<Generation>>,
+    /// What came of the last reload, and when.
+    pub(super) last: Mutex<Option<(Time, Result<String, String>)>>,
 }
 
 impl Reloader {
@@ -60,6 +63,7 @@ impl Reloader {
         reloading();
         let result = self.apply();
         self.metrics.reloaded(result.is_ok());
+        *self.last.lock() = Some((self.clock.now(), result.clone()));
         match &result {
             Ok(done) => log::info!("reloaded file={} {done}", self.file.display()),
             Err(why) => log::error!("not reloaded, nothing has changed file={}\n{why}", self.file.display()),
@@ -68,6 +72,14 @@ impl Reloader {
             notify("READY=1");
         }
         result
+    }
+
+    /// What came of the last reload.
+    pub(super) fn last_reload(&self) -> Option<Reloaded> {
+        let last = self.last.lock();
+        let (at, result) = last.as_ref()?;
+        let (Ok(said) | Err(said)) = result;
+        Some(Reloaded { ok: result.is_ok(), said: said.clone(), ago: self.clock.now().since(*at) })
     }
 
     /// Writes down our process id, where the configuration says.

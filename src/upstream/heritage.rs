@@ -25,6 +25,8 @@ pub struct Heritage {
     prices: BTreeMap<String, f64>,
     /// What each backend has probably cached, least recently used first.
     prefixes: BTreeMap<SocketAddr, Vec<Vec<u64>>>,
+    /// What an operator has decided of each: that it drains, and a weight in the place of another.
+    decisions: BTreeMap<SocketAddr, (bool, Option<[u32; 2]>)>,
 }
 
 /// What is in flight on the backends of one upstream.
@@ -36,7 +38,9 @@ impl Upstream {
         let states = self.states();
         let prices = self.shared.prices.read();
         let balancer = self.shared.balancer.lock();
+        let addresses = states.iter().map(|state| state.address);
         Heritage {
+            decisions: addresses.map(|address| (address, balancer.decided(&address))).collect(),
             down: states.iter().filter(|state| !state.healthy).map(|state| state.address).collect(),
             prices: prices.iter().map(|(model, price)| (model.clone(), price.ratio())).collect(),
             prefixes: states
@@ -54,6 +58,9 @@ impl Upstream {
         let mut balancer = self.shared.balancer.lock();
         for (address, prefixes) in &heritage.prefixes {
             balancer.remember(address, prefixes);
+        }
+        for (address, decided) in &heritage.decisions {
+            balancer.decide(address, *decided, self.shared.clock.now());
         }
     }
 
