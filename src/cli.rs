@@ -53,6 +53,15 @@ enum Command {
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Let the binary that is installed now take the place of the running one; nothing is cut or refused.
+    ///
+    /// Asks the running one over its admin listener, waits, and says what came of it. A binary or a configuration that
+    /// is not fit to serve changes nothing. `kill -USR2` does the same unseen.
+    Upgrade {
+        /// The configuration file that it runs with, and will.
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
     /// Show how the backends of the running balancer are.
     Status {
         /// The configuration file that it runs with.
@@ -106,6 +115,10 @@ pub fn main_with(policies: &Policies) -> ExitCode {
         },
         Command::Reload { config } => match admin(&config, policies) {
             Ok(admin) => answer(control::reload(&admin)),
+            Err(code) => code,
+        },
+        Command::Upgrade { config } => match admin(&config, policies) {
+            Ok(admin) => answer(control::upgrade(&admin)),
             Err(code) => code,
         },
         Command::Status { config, json } => match admin(&config, policies) {

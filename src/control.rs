@@ -1,4 +1,4 @@
-//! What another process of ours is asked over its admin listener: `plimsoll reload`, `plimsoll status`.
+//! What another process of ours is asked over its admin listener: `plimsoll reload`, `upgrade`, `status`.
 //!
 //! Where that listener is, and which token it wants, is in the configuration that both have read.
 
@@ -20,6 +20,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Why it has not done so, or that nobody is there.
 pub fn reload(admin: &Admin) -> Result<String, String> {
     told(admin, "POST", "/reload")
+}
+
+/// Asks the process behind `admin` to let another one take its place; what it says of it.
+///
+/// # Errors
+/// Why none has, or that nobody is there.
+pub fn upgrade(admin: &Admin) -> Result<String, String> {
+    told(admin, "POST", "/upgrade")
 }
 
 /// Asks the process behind `admin` how its backends are: JSON, as `/status` has it.

@@ -8,6 +8,7 @@ use crate::support::stage::{answered, before, chat, counts, sent, total};
 use crate::support::{one_upstream, wait_until, within};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
+use std::process::Command;
 use std::time::Duration;
 
 const LINES: [Line; 4] = [Line::Http1, Line::Http2, Line::Http1Tls, Line::Http2Tls];
@@ -118,8 +119,22 @@ async fn a_file_with_mistakes_and_a_stray_quit_change_nothing() {
     );
     assert_eq!(proxy.processes().len(), 1);
     assert_ne!(proxy.ask(&chat()).await.header("connection"), Some("close"));
+    let upgrade = || {
+        let output = Command::new(binary()).args(["upgrade", "--config"]).arg(proxy.file()).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+    };
+    assert_eq!(upgrade().0, Some(78), "it cannot be told whom to ask");
+    proxy.rewrite(&one_upstream(&["no-such-host.invalid:8000".to_owned()], ""));
+    let (code, said) = upgrade();
+    assert!(
+        code == Some(1) && said.contains("does not resolve") && said.contains("nothing has changed"),
+        "{said}"
+    );
     proxy.rewrite(&one_upstream(&[engine.address()], "policy: round_robin"));
-    proxy.upgrade().await;
+    let (code, said) = upgrade();
+    let serves = format!("upgraded: process {} serves; 0 requests end in process ", proxy.processes()[1]);
+    assert!(code == Some(0) && said.starts_with(&serves), "{said}");
     assert_eq!(proxy.ask(&chat()).await.status, 200);
 }
 
@@ -276,7 +291,7 @@ async fn a_socket_that_systemd_holds_refuses_nobody_while_there_is_no_process() 
     std::fs::write(&file, yaml).unwrap();
     // As systemd starts a service: the socket is descriptor 3, and its own process id is told to it.
     let start = || {
-        std::process::Command::new("sh")
+        Command::new("sh")
             .args(["-c", r#"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" run --config "$1""#])
             .arg(binary())
             .arg(&file)
