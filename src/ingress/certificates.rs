@@ -24,23 +24,44 @@ use x509_parser::prelude::{ASN1Time, FromDer as _, X509Certificate};
 
 use crate::config::{Identity, ListenerTls};
 
-/// What does the handshakes of a listener with this `tls`; with `http2`, HTTP/2 is offered beside HTTP/1.1. A
+/// The TLS of a listener.
+pub struct Tls {
+    /// What does its handshakes.
+    pub acceptor: Acceptor,
+    /// What it shows to clients.
+    pub shown: Vec<Shown>,
+}
+
+/// A certificate that clients are shown.
+pub struct Shown {
+    /// The file that it came from.
+    pub file: String,
+    /// When it expires, in seconds since 1970.
+    pub expires: i64,
+}
+
+/// The TLS of a listener with this `tls`; with `http2`, HTTP/2 is offered beside HTTP/1.1. A
 /// certificate out of its dates is worth a warning: whoever renews it may be late, and some clients do not look.
 ///
 /// # Errors
 /// A file that cannot be used, by its name, as a lowercase fragment.
-pub fn acceptor(tls: &ListenerTls, http2: bool) -> Result<Acceptor, String> {
+pub fn acceptor(tls: &ListenerTls, http2: bool) -> Result<Tls, String> {
     pingora::tls::install_default_crypto_provider();
     let mut settings = TlsSettings::intermediate("", "").map_err(|e| e.to_string())?;
-    let identities = tls.identities().map(|identity| certified_key(&identity).map(Arc::new));
-    settings.set_cert_resolver(Arc::new(Certificates(identities.collect::<Result<_, _>>()?)));
+    let identities: Vec<_> = tls.identities().collect();
+    let certified = identities.iter().map(|identity| certified_key(identity).map(Arc::new));
+    let certified = certified.collect::<Result<Vec<_>, _>>()?;
+    let shown =
+        identities.iter().zip(&certified).filter_map(|(identity, certified)| shown(identity, certified));
+    let shown = shown.collect();
+    settings.set_cert_resolver(Arc::new(Certificates(certified)));
     if let Some(file) = &tls.client_ca {
         settings.set_client_cert_verifier(verifier(file)?);
     }
     if http2 {
         settings.enable_h2();
     }
-    Ok(settings.build())
+    Ok(Tls { acceptor: settings.build(), shown })
 }
 
 /// Why a handshake failed, in rustls' words; Pingora puts them at the end of its own.
@@ -86,6 +107,13 @@ fn certified_key(identity: &Identity) -> Result<CertifiedKey, String> {
         log::warn!("certificate {odd} file={certificate}");
     }
     Ok(certified)
+}
+
+/// What an operator is told of a certificate; nothing if only rustls can read it.
+fn shown(identity: &Identity, certified: &CertifiedKey) -> Option<Shown> {
+    let (_, leaf) = X509Certificate::from_der(certified.cert.first()?).ok()?;
+    let file = identity.certificate.display().to_string();
+    Some(Shown { file, expires: leaf.validity().not_after.timestamp() })
 }
 
 /// What is wrong with the dates of this certificate, if anything is.

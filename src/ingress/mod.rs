@@ -27,7 +27,6 @@ use async_trait::async_trait;
 use bytes::BytesMut;
 use parking_lot::RwLock;
 use pingora::apps::{HttpServerApp, ServerApp};
-use pingora::listeners::tls::Acceptor;
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::l4::stream::Stream as TcpStream;
 use pingora::protocols::{ALPN, GetSocketDigest, Stream};
@@ -39,6 +38,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Limits, Network};
 use crate::observe::metrics::Metrics;
 use crate::proxy::{InFlight, Refusal};
+use certificates::Tls;
 use clients::Clients;
 use downstream::Downstream;
 use frames::Frames;
@@ -60,7 +60,7 @@ pub struct Listener {
     /// Where it listens; the host may be unspecified.
     pub address: SocketAddr,
     /// Present: TLS first.
-    pub tls: Option<Acceptor>,
+    pub tls: Option<Tls>,
     /// Whether clients have to show a certificate: an operator wants to know who is turned away.
     pub mutual: bool,
     /// Whether HTTP/2 is spoken.
@@ -130,7 +130,8 @@ impl<A> Ingress<A> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (limits, trusted) = (config.limits.clone(), config.trusted_proxies.clone());
-        let listeners = listeners.into_iter().map(Arc::new).collect();
+        let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
+        show_certificates(&metrics, &listeners);
         let clients = Clients::default();
         Self { app: Arc::new(app), listeners, limits, trusted, clients, in_flight, clock, metrics }
     }
@@ -142,7 +143,8 @@ impl<A> Ingress<A> {
             let place = new.iter().position(|listener| listener.address == old.address);
             place.map_or_else(|| old.clone(), |place| new.swap_remove(place))
         };
-        let listeners = self.listeners.iter().map(renewed).collect();
+        let listeners: Vec<_> = self.listeners.iter().map(renewed).collect();
+        show_certificates(&self.metrics, &listeners);
         Self {
             app: self.app.clone(),
             listeners,
@@ -170,6 +172,15 @@ impl<A> Ingress<A> {
     fn count(&self, code: &str) {
         self.metrics.refusal(code).inc();
     }
+}
+
+/// Shows when the certificates expire that clients are shown.
+fn show_certificates(metrics: &Metrics, listeners: &[Arc<Listener>]) {
+    let shown = listeners.iter().flat_map(|listener| {
+        let certificates = listener.tls.iter().flat_map(|tls| &tls.shown);
+        certificates.map(|shown| (listener.address.to_string(), shown.file.as_str(), shown.expires))
+    });
+    metrics.show_certificates(shown);
 }
 
 /// What a client came with.
@@ -212,7 +223,7 @@ impl<A: HttpServerApp + ServerApp + Send + Sync + 'static> Ingress<A> {
         }
         let stream: Stream = match &listener.tls {
             None => Box::new(tcp),
-            Some(tls) => match timeout(self.limits.tls_timeout, tls.tls_handshake(tcp)).await {
+            Some(tls) => match timeout(self.limits.tls_timeout, tls.acceptor.tls_handshake(tcp)).await {
                 Ok(Ok(stream)) => Box::new(stream),
                 Ok(Err(e)) => {
                     let level = if listener.mutual { log::Level::Info } else { log::Level::Debug };

@@ -8,10 +8,13 @@
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    IntGaugeVec, Opts, TextEncoder,
 };
 
 use super::Outcome;
+use super::process::Process;
+use super::registry::Registry;
+pub use super::registry::Row;
 use crate::balance::State;
 use crate::balance::retry::Failure;
 use crate::policy::Reason;
@@ -39,6 +42,8 @@ pub struct Metrics {
     upgrades: IntCounterVec,
     key_requests: IntCounterVec,
     key_tokens: IntCounterVec,
+    certificate_expiry: IntGaugeVec,
+    process: Process,
     /// Bytes of request bodies held in memory.
     pub buffered_body_bytes: IntGauge,
 }
@@ -50,6 +55,7 @@ struct StateGauges {
     context_tokens: IntGaugeVec,
     traffic_share: GaugeVec,
     up: IntGaugeVec,
+    weight: IntGaugeVec,
     strained: IntGaugeVec,
     stalled: IntGaugeVec,
     engine_waiting: IntGaugeVec,
@@ -156,7 +162,7 @@ const GAP_BUCKETS: &[f64] = &[
 impl Metrics {
     /// Registers every metric. Errors only if two had one name.
     pub fn new() -> Result<Self> {
-        let r = Registry::new();
+        let r = Registry::default();
         let outcome = &["upstream", "backend", "outcome"];
         let kind = &["upstream", "backend", "kind"];
         let reason = &["upstream", "reason"];
@@ -167,6 +173,10 @@ impl Metrics {
             IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?;
         let failed = "1 if the last reload failed, and the configuration before it runs on.";
         let reload_failed = IntGauge::with_opts(opts("reload_failed", failed))?;
+        let expiry = "When a certificate that clients are shown expires, by the file it came from.";
+        let certificate = &["listener", "certificate"];
+        let build = gauges(&r, "build_info", "1, with the version that runs.", &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
             requests: counters(&r, "requests_total", "Requests by backend and how they ended.", outcome)?,
             attempts: counters(
@@ -210,12 +220,17 @@ impl Metrics {
                 "Tokens by key and kind, as it is charged for them.",
                 &["key", "kind"],
             )?,
+            certificate_expiry: gauges(&r, "certificate_expiry_timestamp_seconds", expiry, certificate)?,
+            process: Process::new(&r)?,
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         };
         for result in RESULTS {
             metrics.reloads.with_label_values(&[result]);
             metrics.upgrades.with_label_values(&[result]);
+        }
+        for outcome in Outcome::ALL {
+            metrics.requests.with_label_values(&["", "", outcome.name()]);
         }
         Ok(metrics)
     }
@@ -286,6 +301,14 @@ impl Metrics {
         self.requests.with_label_values(&[upstream, "", outcome.name()]).inc();
     }
 
+    /// Shows these certificates, and no others: listener, file, and when it expires, in seconds since 1970.
+    pub fn show_certificates<'a>(&self, shown: impl Iterator<Item = (String, &'a str, i64)>) {
+        self.certificate_expiry.reset();
+        for (listener, file, expires) in shown {
+            self.certificate_expiry.with_label_values(&[listener.as_str(), file]).set(expires);
+        }
+    }
+
     /// Forgets the gauges of all backends, of which some may be gone; [`Metrics::set_states`] brings back the others.
     pub fn forget_states(&self) {
         let g = &self.state;
@@ -294,6 +317,7 @@ impl Metrics {
             &g.active_requests,
             &g.context_tokens,
             &g.up,
+            &g.weight,
             &g.strained,
             &g.stalled,
             &g.engine_waiting,
@@ -314,6 +338,7 @@ impl Metrics {
             g.context_tokens.with_label_values(labels).set(state.account.context_tokens as i64);
             g.traffic_share.with_label_values(labels).set(state.share);
             g.up.with_label_values(labels).set(i64::from(state.healthy && !state.ejected));
+            g.weight.with_label_values(labels).set(i64::from(state.weight));
             g.stalled.with_label_values(labels).set(i64::from(state.stalled));
             g.strained.with_label_values(labels).set(i64::from(state.strained));
             let Some((reading, age)) = state.reading else { continue };
@@ -330,8 +355,14 @@ impl Metrics {
         }
     }
 
+    /// Every metric there is, in the order of names.
+    pub fn rows(&self) -> Vec<Row> {
+        self.registry.rows()
+    }
+
     /// All metrics in the Prometheus text format.
     pub fn exposition(&self) -> Vec<u8> {
+        self.process.read();
         let mut out = Vec::with_capacity(64 * 1024);
         if let Err(e) = TextEncoder::new().encode(&self.registry.gather(), &mut out) {
             log::error!("metrics cannot be written: {e}");
@@ -356,6 +387,7 @@ impl StateGauges {
                 "Part of the upstream's requests of the last 10 s, 0 to 1.",
             )?,
             up: int("backend_up", "1 if the backend is in rotation: probes pass, not ejected.")?,
+            weight: int("backend_weight", "Its weight, relative to the others of its upstream.")?,
             stalled: int(
                 "backend_stalled",
                 "1 if it has had requests for `stall_timeout` and sent nothing.",
@@ -380,8 +412,7 @@ fn opts(name: &str, help: &str) -> Opts {
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    registry.register(metric)
 }
 
 fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec> {

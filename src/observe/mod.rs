@@ -2,6 +2,8 @@
 
 pub mod access_log;
 pub mod metrics;
+mod process;
+mod registry;
 
 /// How a request ended, as one word for metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

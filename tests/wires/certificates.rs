@@ -58,6 +58,24 @@ async fn each_client_is_shown_the_certificate_of_the_name_it_asks_for() {
 }
 
 #[tokio::test]
+async fn when_each_certificate_expires_is_a_metric_and_a_reload_renews_it() {
+    let (engine, folder, authority) = (Engine::good(), folder(), Authority::unknown());
+    let until = |year| authority.sign_between(&["llm.test"], 2000, year).write(&folder, "llm");
+    let proxy = proxy(&engine, &format!("others: [{{ {} }}]", until(2030))).await;
+    let file = folder.join("llm.pem").display().to_string();
+    let listener = proxy.address(Line::Http1Tls).to_string();
+    let labels = [("certificate", file.as_str()), ("listener", listener.as_str())];
+    let name = "plimsoll_certificate_expiry_timestamp_seconds";
+    // 2030-01-01 and 2040-01-01.
+    assert_eq!(proxy.metrics().await.sum(name, &labels), 1_893_456_000.0);
+    assert_eq!(proxy.metrics().await.values(name, "certificate").len(), 2);
+    until(2040);
+    assert_eq!(proxy.reload(&one_upstream(&[engine.address()], "")).await.status, 200);
+    assert_eq!(proxy.metrics().await.sum(name, &labels), 2_208_988_800.0);
+    assert_eq!(proxy.metrics().await.values(name, "certificate").len(), 2);
+}
+
+#[tokio::test]
 async fn a_client_without_a_certificate_of_our_authority_gets_no_handshake() {
     let (engine, folder, authority) = (Engine::good(), folder(), Authority::unknown());
     let client_ca = authority.write(&folder);

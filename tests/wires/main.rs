@@ -51,6 +51,8 @@ mod reload;
 #[cfg(test)]
 mod routing;
 #[cfg(test)]
+mod seeing;
+#[cfg(test)]
 mod smuggling;
 #[cfg(test)]
 mod streaming;

@@ -25,6 +25,16 @@ impl Metrics {
         self.matching(name, labels).next().is_some()
     }
 
+    /// The values of that label among the samples of that name, in order.
+    pub fn values(&self, name: &str, label: &str) -> Vec<String> {
+        let labels = self.matching(name, &[]).flat_map(|(_, labels, _)| labels);
+        let mut values: Vec<_> =
+            labels.filter(|(key, _)| key == label).map(|(_, value)| value.clone()).collect();
+        values.sort_unstable();
+        values.dedup();
+        values
+    }
+
     fn matching<'a>(
         &'a self,
         name: &'a str,
