@@ -17,12 +17,12 @@ const HOW: &str = "PLIMSOLL_WRITE=1 cargo test --test wires seeing::table";
 const FIXED: [&str; 5] = ["outcome", "kind", "reason", "code", "result"];
 
 /// Every metric that the program registers.
-pub fn rows() -> Vec<Row> {
+pub(super) fn rows() -> Vec<Row> {
     metrics::Metrics::new().expect("one metric of each name").rows()
 }
 
 /// The names under which a metric has series.
-pub fn series(row: &Row) -> Vec<String> {
+pub(super) fn series(row: &Row) -> Vec<String> {
     match row.kind {
         "histogram" => ["bucket", "sum", "count"].map(|end| format!("{}_{end}", row.name)).into(),
         _ => vec![row.name.clone()],
