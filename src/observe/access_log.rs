@@ -17,6 +17,8 @@ pub const TARGET: &str = "plimsoll::access";
 pub struct Entry<'a> {
     /// The request's id, from the client or made by us.
     pub id: &'a str,
+    /// The id of the trace that it is part of.
+    pub trace: Option<u128>,
     /// The client's address.
     pub client: Option<String>,
     /// The name of the key that it showed.
@@ -78,6 +80,9 @@ impl fmt::Display for Entry<'_> {
             Quoted(self.path)
         )?;
         write!(f, " status={} outcome={}", self.status, self.outcome.name())?;
+        if let Some(trace) = self.trace {
+            write!(f, " trace={trace:032x}")?;
+        }
         if let Some(client) = &self.client {
             write!(f, " client={client}")?;
         }
@@ -148,6 +153,7 @@ mod tests {
     fn entry() -> Entry<'static> {
         Entry {
             id: "r-1",
+            trace: None,
             client: Some("10.1.1.1:5000".to_owned()),
             key: Some("team-a"),
             method: "POST",
@@ -181,6 +187,12 @@ mod tests {
              prompt_est=800 matched_est=640 ttft_ms=12.3 duration_ms=900.0 bytes_in=3200 bytes_out=10000 \
              prompt_tokens=775 completion_tokens=64 cached_tokens=640"
         );
+    }
+
+    #[test]
+    fn the_trace_is_written_as_tracing_systems_show_it() {
+        let line = Entry { trace: Some(0x2f35), ..entry() }.to_string();
+        assert!(line.contains(" outcome=ok trace=00000000000000000000000000002f35 client="), "{line}");
     }
 
     #[test]

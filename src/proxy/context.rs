@@ -146,6 +146,8 @@ pub struct Context {
     pub(super) admitted_at: Time,
     /// The request's id, from the client or made by us.
     pub(super) id: String,
+    /// The id of the trace that it is part of.
+    pub(super) trace: Option<u128>,
     /// Who asked, as far as we believe those in between.
     pub(super) client: Option<IpAddr>,
     /// The key that was shown, where keys are asked for.
@@ -226,6 +228,7 @@ impl Context {
             arrived,
             admitted_at: arrived,
             id: String::new(),
+            trace: None,
             client: None,
             key: None,
             spent: None,

@@ -1,7 +1,7 @@
 //! The life of a request, hook by hook, in the order in which Pingora calls them: start reading here.
 //!
 //! ```text
-//! early_request_filter      limits of the connection, the request's id
+//! early_request_filter      limits of the connection, the request's id and trace
 //! request_filter            key; body read and digested; routed, admitted      access.rs intake.rs body.rs route.rs
 //! upstream_peer             ranked and charged: a backend                      peer.rs             each try
 //! upstream_request_filter   headers for the engine                                                 each try
@@ -29,6 +29,7 @@ mod reply;
 mod route;
 mod setup;
 pub mod tap;
+mod trace;
 mod verdict;
 
 use std::sync::Arc;
@@ -161,6 +162,7 @@ impl ProxyHttp for Proxy {
         forward::to_origin_form(session.req_header_mut())?;
         ctx.id = intake::request_id(session.req_header());
         ctx.entered.flight.identify(&ctx.id);
+        ctx.trace = trace::trace(session.req_header_mut());
         let Setup { limits, trusted, .. } = &*ctx.setup;
         ctx.client = Origin::of(session, trusted).client(session.req_header(), trusted);
         session.set_write_timeout(Some(limits.client_write_timeout));

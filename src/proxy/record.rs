@@ -45,6 +45,7 @@ impl Proxy {
         let digest = ctx.digest.as_ref();
         Entry {
             id: &ctx.id,
+            trace: ctx.trace,
             client: ctx.client.map(|client| client.to_string()),
             key: ctx.key.as_ref().map(|key| key.name.as_str()),
             method: request.method.as_str(),

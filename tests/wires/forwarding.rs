@@ -158,3 +158,44 @@ async fn the_proxy_protocol_is_not_believed_of_strangers() {
     assert_eq!(engine[0].count(), 0);
     assert!(proxy.metrics().await.sum("plimsoll_refusals_total", &[("code", "proxy_header")]) >= 1.0);
 }
+
+const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+#[tokio::test]
+async fn a_trace_goes_on_to_every_engine_that_is_tried_and_into_the_log() {
+    let engines = [Engine::start(|_| Answer::json(503, "{}")), Engine::good()];
+    let proxy = before(&engines, "policy: round_robin, max_fails: 0").await;
+    let state = "vendor=t61rcWkgMzE,other@x=00f067aa0ba902b7";
+    for line in [Line::Http1, Line::Http2] {
+        // Two in turn, so that one of them is tried on both.
+        for _ in 0..2 {
+            let request = chat().with("traceparent", PARENT).with("tracestate", state);
+            assert_eq!(proxy.client(line).await.ask(&request).await.status, 200, "{line:?}");
+        }
+        for engine in &engines {
+            assert_eq!(seen(engine, ["traceparent", "tracestate"]), [PARENT, state], "{line:?}");
+        }
+    }
+    wait_until("four access lines", async || proxy.log().matches("plimsoll::access").count() == 4).await;
+    assert_eq!(proxy.log().matches(" trace=4bf92f3577b34da6a3ce929d0e0e4736 ").count(), 4, "{}", proxy.log());
+}
+
+#[tokio::test]
+async fn a_malformed_trace_ends_here_and_none_is_made_up() {
+    let engine = [Engine::good()];
+    let proxy = before(&engine, "").await;
+    let requests = [
+        chat(),
+        chat().with("tracestate", "a=1"),
+        chat().with("traceparent", &PARENT[1..]).with("tracestate", "a=1"),
+        chat().with("traceparent", PARENT).with("traceparent", PARENT).with("tracestate", "a=1"),
+    ];
+    for line in [Line::Http1, Line::Http2] {
+        for request in &requests {
+            assert_eq!(proxy.client(line).await.ask(request).await.status, 200, "{line:?}");
+            assert_eq!(seen(&engine[0], ["traceparent", "tracestate"]), ["-", "-"], "{line:?} {request:?}");
+        }
+    }
+    wait_until("eight access lines", async || proxy.log().matches("plimsoll::access").count() == 8).await;
+    assert!(!proxy.log().contains(" trace="), "{}", proxy.log());
+}

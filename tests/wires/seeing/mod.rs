@@ -9,7 +9,7 @@ mod table;
 use std::process::{Command, Stdio};
 
 /// Whether that program is here. CI has to have it; elsewhere its tests are left out, and say so.
-pub fn found(program: &str) -> bool {
+fn found(program: &str) -> bool {
     let version = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     let found = version.is_ok_and(|status| status.success());
     let is_ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
