@@ -1,12 +1,12 @@
 //! What an operator decides about a backend: that it gets no new request, or another weight.
 //!
 //! A drained backend gets none *ever*, not even as a last resort: whoever drains an engine is about to stop it, and a
-//! request that arrives then is lost. If only drained backends are left, requests are refused. What is in flight goes on,
-//! sessions and prefixes move to others; what the backend has cached is remembered for its return.
+//! request that arrives then is lost. If only drained backends are left, requests are refused. What is in flight goes
+//! on, sessions and prefixes move to others; what the backend has cached is remembered for its return.
 //!
 //! Both decisions are kept with the address, so a reload does not undo them. A weight that was set holds until the
-//! configured weight of that backend changes: whoever edits it means it. Both end with `undrain` or another weight, when
-//! the backend leaves the upstream (its address may come back as another machine's), and with the process.
+//! configured weight of that backend changes: whoever edits it means it. Both end with `undrain` or another weight,
+//! when the backend leaves the upstream (its address may come back as another machine's), and with the process.
 
 use std::net::SocketAddr;
 

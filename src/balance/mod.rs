@@ -12,6 +12,7 @@
 //! settle(charge)                     the end, exactly once
 //! ```
 
+mod decide;
 pub mod drain;
 pub mod ejection;
 pub mod gauge;
@@ -31,6 +32,8 @@ use std::time::Duration;
 use crate::clock::Time;
 use crate::engine::Reading;
 use crate::policy::{Candidate, Member, Policy, Reason, Request, Slot};
+use decide::Decision;
+pub use decide::{Explained, Weighed};
 use ejection::Record;
 use gauge::Gauge;
 use index::PrefixIndex;
@@ -206,22 +209,10 @@ impl Balancer {
     /// Backends that are not available are left out while others remain; when nothing else is left
     /// they are tried before the request is refused. A full backend is never picked.
     pub fn pick(&mut self, request: &Request<'_>, tried: &[Slot], now: Time) -> Result<Pick, NoPick> {
-        let tier = self.tier(tried, now)?;
-        let by_prefix = self.policy.uses_prefix_index();
-        self.matched.clear();
-        if by_prefix {
-            self.index.matched(request.blocks, &mut self.matched);
-        }
-        self.gather(request, tried, tier, now);
-        let spread = by_prefix && self.is_lopsided(now);
-        if spread {
-            self.candidates.iter_mut().for_each(|c| c.uncached_tokens = request.prompt_tokens.max(1));
-        }
-        let choice = self.policy.choose(request, &self.candidates, &mut self.rng);
-        // A policy of somebody's own may answer with anything.
-        let chosen = self.candidates.get(choice.index).or_else(|| self.candidates.first());
-        let slot = chosen.ok_or(NoPick::Exhausted)?.slot;
-        if by_prefix {
+        let Decision { slot, choice, reason, rng } = self.decide(request, tried, now)?;
+        self.rng = rng;
+        self.policy.note(request, &self.candidates, choice);
+        if self.policy.uses_prefix_index() {
             self.index.insert(slot.0 as usize, request.blocks);
         }
         self.share.count(slot, now);
@@ -236,11 +227,7 @@ impl Balancer {
         Ok(Pick {
             address: backend.address,
             charge: self.ledger.charge(slot, request.prompt_tokens, uncached_tokens),
-            reason: match tier {
-                Tier::Any | Tier::Reluctant => Reason::LastResort,
-                Tier::Available if spread && self.candidates.len() > 1 => Reason::Spread,
-                Tier::Available => choice.reason,
-            },
+            reason,
             matched_tokens: request.prompt_tokens.saturating_sub(uncached_tokens),
         })
     }
@@ -446,27 +433,6 @@ impl Balancer {
 
     fn has_room(&self, slot: Slot) -> bool {
         self.settings.max_requests.is_none_or(|max| self.known(slot).active_requests < max)
-    }
-
-    /// Fills `candidates` with the untried members of the tier that have room, but for those whose engines are
-    /// strained, unless there is nobody else.
-    fn gather(&mut self, request: &Request<'_>, tried: &[Slot], tier: Tier, now: Time) {
-        for strained_too in [false, true] {
-            self.candidates.clear();
-            for member in &self.members {
-                let slot = member.slot;
-                if !tried.contains(&slot)
-                    && self.admits(tier, slot, now)
-                    && self.has_room(slot)
-                    && (strained_too || !self.backends[slot.0 as usize].is_strained(now))
-                {
-                    self.candidates.push(self.candidate(member, request, now));
-                }
-            }
-            if !self.candidates.is_empty() {
-                return;
-            }
-        }
     }
 
     fn candidate(&self, member: &Member, request: &Request<'_>, now: Time) -> Candidate {

@@ -130,6 +130,20 @@ fn address(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 8000))
 }
 
+/// Compares what was explained with what was done a moment later.
+fn agrees(explained: &Explained, picked: &Result<Pick, NoPick>) {
+    let winner = picked.as_ref().map(|pick| (pick.address, pick.reason)).map_err(|why| *why);
+    assert_eq!(explained.winner, winner);
+    let candidates: Vec<_> = explained.backends.iter().filter(|b| b.left_out.is_none()).collect();
+    assert_eq!(candidates.is_empty(), winner.is_err(), "{explained:?}");
+    assert!(explained.backends.iter().all(|b| b.cost.is_some() == b.left_out.is_none()), "{explained:?}");
+    if let Ok(pick) = picked {
+        let won = candidates.iter().find(|b| b.state.address == pick.address).unwrap();
+        assert_eq!(won.matched_tokens, pick.matched_tokens);
+        assert!(explained.spread || won.uncached_tokens == pick.charge.uncached_tokens());
+    }
+}
+
 impl World {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
@@ -208,7 +222,11 @@ impl World {
         let request =
             Request { prompt_tokens, blocks: &blocks, block_tokens: 128.0, session: self.session() };
         let tier = self.balancer.tier(&tried, self.now);
+        let explained = tried.is_empty().then(|| self.balancer.explain(&request, self.now));
         let picked = self.balancer.pick(&request, &tried, self.now);
+        if let Some(explained) = explained {
+            agrees(&explained, &picked);
+        }
         assert_eq!(picked.as_ref().err(), tier.as_ref().err(), "what was promised");
 
         let slot = |state: &State| self.balancer.ledger.slot(&state.address).unwrap();

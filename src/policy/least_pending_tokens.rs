@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     fn choose(candidates: &[Candidate]) -> Choice {
-        let mut policy = LeastPendingTokens::new(Options::default());
+        let policy = LeastPendingTokens::new(Options::default());
         policy.choose(&plain(), candidates, &mut fastrand::Rng::with_seed(3))
     }
 
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn ties_are_broken_evenly() {
-        let mut policy = LeastPendingTokens::new(Options::default());
+        let policy = LeastPendingTokens::new(Options::default());
         let mut rng = fastrand::Rng::with_seed(11);
         let candidates = [idle(0), idle(1), idle(2), idle(3)];
         let mut seen = [0; 4];

@@ -23,7 +23,8 @@
 //! | the constructor | as an upstream is made | once per upstream, so none shares its state with another |
 //! | [`Policy::rebuild`] | before the first choice, then when a backend joins, leaves or changes its weight | rarely |
 //! | [`Policy::uses_prefix_index`] | around each choice | must always give the same answer |
-//! | [`Policy::choose`] | for each attempt of a request to reach a backend | once; a retry asks again |
+//! | [`Policy::choose`] | for each attempt of a request to reach a backend | once; a retry and `/explain` ask again |
+//! | [`Policy::note`] | after each choice that somebody goes by | once; never by `/explain` |
 //! | [`Policy::cost`] | by the default `choose` | once per candidate |
 //!
 //! **Who is a candidate** is settled before: a backend that is full or was tried by this request is never
@@ -212,9 +213,15 @@ pub trait Policy: Send {
     /// Chooses among `candidates`, of which there is at least one, in no order that means anything; the index
     /// must be one of theirs. The default is the least cost, random among ties. Whoever overrides it takes
     /// all randomness from `rng` (of the crate `fastrand`), so that a seed still replays a run.
-    fn choose(&mut self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
+    ///
+    /// It only says what it would choose. Whoever wants to remember a choice does so in [`Policy::note`]: so a choice
+    /// can be explained without being made.
+    fn choose(&self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
         cheapest(self, request, candidates, rng)
     }
+
+    /// `request` goes to the one of `candidates` that was the choice among them.
+    fn note(&mut self, _request: &Request<'_>, _candidates: &[Candidate], _choice: Choice) {}
 
     /// The set of backends, or a weight, has changed: rebuild rings and the like. `members` are all that are
     /// configured, whether they are up or not.
@@ -364,6 +371,18 @@ pub(crate) mod tests {
         }
     }
 
+    /// Chooses, and goes by it.
+    pub(crate) fn take<P: Policy + ?Sized>(
+        policy: &mut P,
+        request: &Request<'_>,
+        candidates: &[Candidate],
+        rng: &mut fastrand::Rng,
+    ) -> Choice {
+        let choice = policy.choose(request, candidates, rng);
+        policy.note(request, candidates, choice);
+        choice
+    }
+
     /// A request of 100 tokens that shares no prefix.
     pub(crate) fn plain() -> Request<'static> {
         Request { prompt_tokens: 100, blocks: &[], block_tokens: 128.0, session: None }
@@ -391,7 +410,7 @@ pub(crate) mod tests {
         for n in 0..requests {
             let blocks = [u64::from(n).wrapping_mul(0x9E37_79B9_7F4A_7C15)];
             let request = Request { blocks: &blocks, ..plain() };
-            let chosen = policy.choose(&request, &candidates, &mut rng).index;
+            let chosen = take(policy, &request, &candidates, &mut rng).index;
             let c = &mut candidates[chosen];
             c.active_requests += 1;
             c.unanswered_requests += 1;
@@ -448,7 +467,7 @@ pub(crate) mod tests {
                 for n in 0..600u64 {
                     let blocks = [n.wrapping_mul(0x9E37_79B9_7F4A_7C15)];
                     let request = Request { blocks: &blocks, ..plain() };
-                    seen[policy.choose(&request, &candidates, &mut rng).index] += 1;
+                    seen[take(policy.as_mut(), &request, &candidates, &mut rng).index] += 1;
                 }
                 assert!(seen.iter().all(|n| *n > 0), "{name}: {seen:?} of {} backends", set.len());
             }

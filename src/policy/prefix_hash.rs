@@ -15,6 +15,7 @@
 //! The ring is walked to its end if need be, so every backend can be reached whatever the number of points. A
 //! request without a key (a prompt shorter than one block) goes to the least busy backend.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
@@ -51,7 +52,7 @@ pub struct PrefixHash {
     slots: HashMap<SocketAddr, Slot>,
     popularity: Popularity,
     /// By slot: the index of its candidate, or `ABSENT`. Scratch space of `choose`.
-    places: Vec<u32>,
+    places: RefCell<Vec<u32>>,
 }
 
 /// No candidate, or one that was asked already.
@@ -66,12 +67,12 @@ impl PrefixHash {
             points: 0,
             slots: HashMap::new(),
             popularity: Popularity::default(),
-            places: Vec::new(),
+            places: RefCell::default(),
         }
     }
 
     /// The session key, or the prefix hash at adaptive depth.
-    fn key(&mut self, request: &Request<'_>) -> Option<u64> {
+    fn key(&self, request: &Request<'_>) -> Option<u64> {
         if request.session.is_some() {
             return request.session;
         }
@@ -91,23 +92,24 @@ impl Policy for PrefixHash {
         least_connections::cost(candidate)
     }
 
-    fn choose(&mut self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
+    fn choose(&self, request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
         let Some(key) = self.key(request) else { return cheapest(self, request, candidates, rng) };
         if candidates.len() == 1 {
             return Choice { index: 0, reason: Reason::Only };
         }
         let fleet = Fleet::of(candidates);
-        self.places.fill(ABSENT);
+        let mut places = self.places.borrow_mut();
+        places.fill(ABSENT);
         for (index, slot) in (0u32..).zip(candidates.iter().map(|c| c.slot.0 as usize)) {
-            if slot >= self.places.len() {
-                self.places.resize(slot + 1, ABSENT);
+            if slot >= places.len() {
+                places.resize(slot + 1, ABSENT);
             }
-            self.places[slot] = index;
+            places[slot] = index;
         }
         let mut asked = 0;
         for address in self.ring.node_iter(&key.to_be_bytes()).take(self.points) {
             let Some(slot) = self.slots.get(address) else { continue };
-            let Some(place) = self.places.get_mut(slot.0 as usize).filter(|at| **at != ABSENT) else {
+            let Some(place) = places.get_mut(slot.0 as usize).filter(|at| **at != ABSENT) else {
                 continue;
             };
             let index = std::mem::replace(place, ABSENT) as usize;
@@ -121,6 +123,12 @@ impl Policy for PrefixHash {
             }
         }
         cheapest(self, request, candidates, rng)
+    }
+
+    fn note(&mut self, request: &Request<'_>, _candidates: &[Candidate], _choice: Choice) {
+        if request.session.is_none() {
+            self.popularity.count(request.blocks, self.slots.len());
+        }
     }
 
     fn rebuild(&mut self, members: &[Member]) {
@@ -150,18 +158,24 @@ impl Popularity {
     /// Too few requests to speak of shares; until then the first block is the key.
     const WARM_UP: u32 = 32;
 
-    /// Counts the request and returns its key: the hash at the shallowest depth that is not too popular.
-    fn key(&mut self, blocks: &[u64], backends: usize) -> Option<u64> {
+    /// The key of a request that is about to be counted: the hash at the shallowest depth that is not too popular.
+    fn key(&self, blocks: &[u64], backends: usize) -> Option<u64> {
         let deepest = *blocks.last()?;
+        let total = self.total + 1;
+        let is_popular = |block: &u64| {
+            let seen = self.seen.get(block).copied().unwrap_or(0) + 1;
+            total > Self::WARM_UP && u64::from(seen) * 2 * backends as u64 >= u64::from(total)
+        };
+        Some(depths(blocks).find(|block| !is_popular(block)).unwrap_or(deepest))
+    }
+
+    /// Counts the request, down to its key.
+    fn count(&mut self, blocks: &[u64], backends: usize) {
+        let Some(key) = self.key(blocks, backends) else { return };
         self.total += 1;
-        let warm = self.total > Self::WARM_UP;
-        let mut key = None;
         for block in depths(blocks) {
-            let seen = self.seen.entry(block).or_insert(0);
-            *seen += 1;
-            let popular = warm && u64::from(*seen) * 2 * backends as u64 >= u64::from(self.total);
-            if !popular {
-                key = Some(block);
+            *self.seen.entry(block).or_insert(0) += 1;
+            if block == key {
                 break;
             }
         }
@@ -172,7 +186,6 @@ impl Popularity {
                 *seen > 0
             });
         }
-        Some(key.unwrap_or(deepest))
     }
 }
 
@@ -184,7 +197,7 @@ fn depths(blocks: &[u64]) -> impl Iterator<Item = u64> + '_ {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{idle, members, plain};
+    use super::super::tests::{idle, members, plain, take};
     use super::*;
 
     fn policy(backends: usize) -> (PrefixHash, Vec<Candidate>) {
@@ -202,10 +215,10 @@ mod tests {
         let (mut policy, candidates) = policy(8);
         let mut rng = fastrand::Rng::with_seed(1);
         let request = Request { session: Some(hash(42)), ..plain() };
-        let home = policy.choose(&request, &candidates, &mut rng);
+        let home = take(&mut policy, &request, &candidates, &mut rng);
         assert_eq!(home.reason, Reason::Home);
         for _ in 0..10 {
-            assert_eq!(policy.choose(&request, &candidates, &mut rng), home);
+            assert_eq!(take(&mut policy, &request, &candidates, &mut rng), home);
         }
     }
 
@@ -214,12 +227,12 @@ mod tests {
         let (mut policy, mut candidates) = policy(8);
         let mut rng = fastrand::Rng::with_seed(1);
         let request = Request { session: Some(hash(42)), ..plain() };
-        let home = policy.choose(&request, &candidates, &mut rng).index;
+        let home = take(&mut policy, &request, &candidates, &mut rng).index;
         candidates[home].active_requests = 3;
-        let neighbour = policy.choose(&request, &candidates, &mut rng);
+        let neighbour = take(&mut policy, &request, &candidates, &mut rng);
         assert_eq!(neighbour.reason, Reason::Overflow);
         assert_ne!(neighbour.index, home);
-        assert_eq!(policy.choose(&request, &candidates, &mut rng), neighbour);
+        assert_eq!(take(&mut policy, &request, &candidates, &mut rng), neighbour);
     }
 
     #[test]
@@ -231,7 +244,7 @@ mod tests {
             // The first two blocks are common to all; 200 conversations differ from the third on.
             let blocks = [hash(1), hash(2), hash(1_000 + n % 200), hash(2_000 + n % 200)];
             let request = Request { blocks: &blocks, ..plain() };
-            seen[policy.choose(&request, &candidates, &mut rng).index] += 1;
+            seen[take(&mut policy, &request, &candidates, &mut rng).index] += 1;
         }
         let most = seen.iter().max().copied().unwrap_or(0);
         assert!(most < 1_200, "largest share {most} of 4,000: {seen:?}");
@@ -245,7 +258,7 @@ mod tests {
             (0..1_000)
                 .map(|n| {
                     let request = Request { session: Some(hash(n)), ..plain() };
-                    candidates[policy.choose(&request, candidates, &mut rng).index].slot
+                    candidates[take(policy, &request, candidates, &mut rng).index].slot
                 })
                 .collect()
         };
@@ -261,6 +274,6 @@ mod tests {
             c.active_requests = 1;
         }
         let mut rng = fastrand::Rng::with_seed(1);
-        assert_eq!(policy.choose(&plain(), &candidates, &mut rng).index, 2);
+        assert_eq!(take(&mut policy, &plain(), &candidates, &mut rng).index, 2);
     }
 }

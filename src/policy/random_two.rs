@@ -15,12 +15,7 @@ impl Policy for RandomTwo {
         least_connections::cost(candidate)
     }
 
-    fn choose(
-        &mut self,
-        _request: &Request<'_>,
-        candidates: &[Candidate],
-        rng: &mut fastrand::Rng,
-    ) -> Choice {
+    fn choose(&self, _request: &Request<'_>, candidates: &[Candidate], rng: &mut fastrand::Rng) -> Choice {
         let Some(first) = draw(candidates, None, rng) else {
             return Choice { index: 0, reason: Reason::Only };
         };

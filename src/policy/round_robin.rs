@@ -14,33 +14,38 @@ pub struct RoundRobin {
     credit: HashMap<Slot, f64>,
 }
 
+impl RoundRobin {
+    /// What a candidate has when it has gained its weight.
+    fn credit_of(&self, candidate: &Candidate) -> f64 {
+        self.credit.get(&candidate.slot).copied().unwrap_or(0.0) + candidate.weight
+    }
+}
+
 impl Policy for RoundRobin {
     /// The more credit, the cheaper.
     fn cost(&self, _request: &Request<'_>, candidate: &Candidate, _fleet: &Fleet) -> f64 {
-        -(self.credit.get(&candidate.slot).copied().unwrap_or(0.0) + candidate.weight)
+        -self.credit_of(candidate)
     }
 
-    fn choose(
-        &mut self,
-        _request: &Request<'_>,
-        candidates: &[Candidate],
-        _rng: &mut fastrand::Rng,
-    ) -> Choice {
+    fn choose(&self, _request: &Request<'_>, candidates: &[Candidate], _rng: &mut fastrand::Rng) -> Choice {
         let mut best = (f64::NEG_INFINITY, 0);
-        let mut total = 0.0;
         for (index, candidate) in candidates.iter().enumerate() {
-            let credit = self.credit.entry(candidate.slot).or_insert(0.0);
-            *credit += candidate.weight;
-            total += candidate.weight;
-            if *credit > best.0 {
-                best = (*credit, index);
+            let credit = self.credit_of(candidate);
+            if credit > best.0 {
+                best = (credit, index);
             }
-        }
-        if let Some(credit) = self.credit.get_mut(&candidates[best.1].slot) {
-            *credit -= total;
         }
         let reason = if candidates.len() == 1 { Reason::Only } else { Reason::Turn };
         Choice { index: best.1, reason }
+    }
+
+    fn note(&mut self, _request: &Request<'_>, candidates: &[Candidate], choice: Choice) {
+        for candidate in candidates {
+            *self.credit.entry(candidate.slot).or_insert(0.0) += candidate.weight;
+        }
+        if let Some(credit) = self.credit.get_mut(&candidates[choice.index].slot) {
+            *credit -= candidates.iter().map(|candidate| candidate.weight).sum::<f64>();
+        }
     }
 
     fn rebuild(&mut self, members: &[Member]) {
@@ -50,7 +55,7 @@ impl Policy for RoundRobin {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{idle, plain};
+    use super::super::tests::{idle, plain, take};
     use super::*;
 
     #[test]
@@ -58,7 +63,8 @@ mod tests {
         let mut policy = RoundRobin::default();
         let mut rng = fastrand::Rng::with_seed(1);
         let candidates = [Candidate { weight: 5.0, ..idle(0) }, idle(1), idle(2)];
-        let turns: Vec<_> = (0..7).map(|_| policy.choose(&plain(), &candidates, &mut rng).index).collect();
+        let turns: Vec<_> =
+            (0..7).map(|_| take(&mut policy, &plain(), &candidates, &mut rng).index).collect();
         assert_eq!(turns, [0, 0, 1, 0, 2, 0, 0]);
     }
 
@@ -67,10 +73,10 @@ mod tests {
         let mut policy = RoundRobin::default();
         let mut rng = fastrand::Rng::with_seed(1);
         for _ in 0..100 {
-            policy.choose(&plain(), &[idle(0), idle(1)], &mut rng);
+            take(&mut policy, &plain(), &[idle(0), idle(1)], &mut rng);
         }
         let all = [idle(0), idle(1), idle(2)];
-        let turns: Vec<_> = (0..6).map(|_| policy.choose(&plain(), &all, &mut rng).index).collect();
+        let turns: Vec<_> = (0..6).map(|_| take(&mut policy, &plain(), &all, &mut rng).index).collect();
         assert_eq!(turns.iter().filter(|i| **i == 2).count(), 2, "{turns:?}");
     }
 }
