@@ -22,6 +22,7 @@ pub mod report;
 pub mod route;
 mod schema;
 pub mod secret;
+mod show;
 mod strike;
 mod tree;
 mod units;
@@ -39,6 +40,7 @@ pub use report::{Problem, Report};
 pub use route::{HostPattern, ModelPattern, Route};
 pub use schema::schema;
 pub use secret::Secret;
+pub use show::show;
 pub use upstream::{Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream};
 
 pub(crate) use report::nearest;

@@ -46,6 +46,14 @@ impl Secret {
         Some(Ok(Self { source, value: String::new() }))
     }
 
+    /// Where it is kept: the key in the file, and what stands there.
+    pub(super) fn place(&self) -> (&'static str, String) {
+        match &self.source {
+            Source::Env(name) => ("env", name.clone()),
+            Source::File(path) => ("file", path.display().to_string()),
+        }
+    }
+
     /// Whether `presented` is the secret, in a time that depends on the length of `presented` alone.
     pub fn is(&self, presented: &[u8]) -> bool {
         let ours = self.value.as_bytes();

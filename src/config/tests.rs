@@ -338,3 +338,40 @@ fn mutilated(whole: &str, rng: &mut fastrand::Rng) -> String {
     }
     text
 }
+
+#[test]
+fn what_is_shown_reads_back_as_the_same_configuration() {
+    let text = reference_with_examples();
+    for text in [REFERENCE, text.as_str(), MINIMAL] {
+        let tree = Tree::parse(text).unwrap();
+        let written: Config = Reading::of(tree).value.unwrap();
+        let shown = show(&written);
+        // The hash of a key is not shown, and that of no key is as good.
+        let shown = shown.replace(show::REDACTED, &"a".repeat(64));
+        let tree = Tree::parse(&shown).unwrap_or_else(|error| panic!("{error:?}\n{shown}"));
+        let reading = Reading::<Config>::of(tree);
+        assert!(reading.flaws.is_empty(), "{shown}");
+        let again = show(&reading.value.unwrap()).replace(show::REDACTED, &"a".repeat(64));
+        assert_eq!(again, shown);
+    }
+    assert_eq!(read(&show(&read(REFERENCE))), read(REFERENCE));
+}
+
+#[test]
+fn every_key_of_the_reference_is_shown() {
+    let text = reference_with_examples();
+    let tree = Tree::parse(&text).unwrap();
+    let config: Config = Reading::of(tree.clone()).value.unwrap();
+    let shown = Tree::parse(&show(&config)).unwrap();
+    let in_shown: std::collections::HashMap<String, Vec<String>> =
+        maps(&shown, &Path::default()).into_iter().map(|(path, keys)| (path.to_string(), keys)).collect();
+    for (path, keys) in maps(&tree, &Path::default()) {
+        let path = path.to_string();
+        let shown = in_shown.get(&path).unwrap_or_else(|| panic!("{path} is not shown"));
+        // Where a key or secret is kept is a matter of its own.
+        let place = |key: &String| ["env", "file", "sha256"].contains(&key.as_str());
+        for key in keys.iter().filter(|key| !place(key)) {
+            assert!(shown.contains(key), "{path}: {key} is not shown");
+        }
+    }
+}
