@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use ring::rand::{SecureRandom as _, SystemRandom};
 
+use crate::observe::verbosity::Verbosity;
 use crate::policy::Policies;
 use crate::{config, control, demo, server, simulate};
 
@@ -73,6 +74,27 @@ enum Command {
     },
     /// Print the JSON schema of the configuration, for editors.
     Schema,
+    /// Let a backend get no new request; what is in flight goes on. Undone by `undrain` or a restart.
+    Drain {
+        #[command(flatten)]
+        backend: BackendOf,
+        /// Come back when it has no request in flight.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Let a drained backend get requests again.
+    Undrain {
+        #[command(flatten)]
+        backend: BackendOf,
+    },
+    /// Give a backend another weight, until its weight in the configuration changes or the process restarts.
+    Weight {
+        #[command(flatten)]
+        backend: BackendOf,
+        /// From 1 to 1000.
+        #[arg(value_name = "WEIGHT")]
+        weight: u32,
+    },
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -87,6 +109,20 @@ enum Command {
     Simulate(simulate::SimulateOptions),
 }
 
+/// A backend of the running balancer.
+#[derive(clap::Args)]
+struct BackendOf {
+    /// The configuration file that it runs with.
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    /// Only in this upstream, and not in every one that has the backend.
+    #[arg(long, value_name = "NAME")]
+    upstream: Option<String>,
+    /// Address and port, as `plimsoll status` shows them.
+    #[arg(value_name = "ADDRESS")]
+    address: String,
+}
+
 /// Does what the command line says, with the built-in policies.
 pub fn main() -> ExitCode {
     main_with(&Policies::default())
@@ -96,11 +132,11 @@ pub fn main() -> ExitCode {
 pub fn main_with(policies: &Policies) -> ExitCode {
     let command = Cli::command().mut_subcommand("simulate", |c| simulate::with_policies(c, policies));
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
-    start_log();
+    let verbosity = Verbosity::start();
     match cli.command {
-        Command::Run { config, successor: false } => run(&config, policies, None),
+        Command::Run { config, successor: false } => run(&config, policies, None, verbosity),
         Command::Run { config, successor: true } => match server::Predecessor::at_stdin() {
-            Ok(predecessor) => run(&config, policies, Some(predecessor)),
+            Ok(predecessor) => run(&config, policies, Some(predecessor), verbosity),
             Err(e) => exit(Err(format!("nobody to take the place of: {e}"))),
         },
         Command::Check { file } => match config::load(&file, policies) {
@@ -129,6 +165,14 @@ pub fn main_with(policies: &Policies) -> ExitCode {
             Err(code) => code,
         },
         Command::Schema => say(&format!("{:#}", config::schema(policies))),
+        Command::Drain { backend, wait } => tell(&backend, policies, |admin, named| {
+            let said = control::drain(admin, named)?;
+            if wait { control::drained(admin, named) } else { Ok(said) }
+        }),
+        Command::Undrain { backend } => tell(&backend, policies, control::undrain),
+        Command::Weight { backend, weight } => {
+            tell(&backend, policies, |admin, named| control::weigh(admin, named, weight))
+        }
         Command::Key { name } => match new_key() {
             Ok(key) => {
                 let hash = config::KeyHash::of(key.as_bytes());
@@ -149,9 +193,14 @@ pub fn main_with(policies: &Policies) -> ExitCode {
 }
 
 /// Runs the balancer, in the place of `predecessor` if there is one.
-fn run(file: &Path, policies: &Policies, predecessor: Option<server::Predecessor>) -> ExitCode {
+fn run(
+    file: &Path,
+    policies: &Policies,
+    predecessor: Option<server::Predecessor>,
+    verbosity: Verbosity,
+) -> ExitCode {
     match config::load(file, policies) {
-        Ok(config) => exit(server::run(file, config, policies, predecessor)),
+        Ok(config) => exit(server::run(file, config, policies, predecessor, verbosity)),
         Err(report) => {
             predecessor.iter().for_each(|waiting| waiting.disappoint(&report.to_string()));
             invalid(&report)
@@ -167,6 +216,19 @@ fn admin(file: &Path, policies: &Policies) -> Result<config::Admin, ExitCode> {
         .ok_or_else(|| exit(Err(format!("without `admin` in {} nobody can be asked", file.display()))))
 }
 
+/// Tells the running balancer something about a backend.
+fn tell(
+    backend: &BackendOf,
+    policies: &Policies,
+    tell: impl FnOnce(&config::Admin, &control::Named<'_>) -> Result<String, String>,
+) -> ExitCode {
+    let BackendOf { config, upstream, address } = backend;
+    match admin(config, policies) {
+        Ok(admin) => answer(tell(&admin, &control::Named { address, upstream: upstream.as_deref() })),
+        Err(code) => code,
+    }
+}
+
 fn answer(result: Result<String, String>) -> ExitCode {
     match result {
         Ok(said) => say(&said),
@@ -179,26 +241,6 @@ fn new_key() -> Result<String, &'static str> {
     let mut bits = [0; 32];
     SystemRandom::new().fill(&mut bits).map_err(|_| "the system gives no random numbers")?;
     Ok(bits.iter().fold("sk-".to_owned(), |key, byte| key + &format!("{byte:02x}")))
-}
-
-/// Logs what `RUST_LOG` asks for, less what may hold credentials.
-fn start_log() {
-    let quiet = "info,pingora=warn,pingora_core=warn,pingora_proxy=error,pingora_load_balancing=error";
-    let asked = std::env::var("RUST_LOG").ok().filter(|asked| !asked.is_empty());
-    let filter = discreet(asked.as_deref().unwrap_or(quiet));
-    env_logger::Builder::from_default_env().parse_filters(&filter).init();
-}
-
-/// The filter `asked`, without what others write of requests, credentials included, unless it is asked for by name:
-/// Pingora and h2 write heads at debug and trace, and Pingora's part below `admin` what it cannot read, as an error.
-fn discreet(asked: &str) -> String {
-    let directives = asked.split('/').next().unwrap_or_default().split(',');
-    let everything =
-        directives.filter_map(|directive| directive.trim().parse::<log::LevelFilter>().ok()).next_back();
-    let verbose = everything.is_some_and(|level| level > log::LevelFilter::Info);
-    // Of two directives for one name the last one counts.
-    let capped = if verbose { "pingora=info,h2=info," } else { "" };
-    format!("pingora_core::apps::http_app=off,{capped}{asked}")
 }
 
 fn summary(config: &config::Config) -> String {
@@ -239,35 +281,4 @@ fn say(text: &str) -> ExitCode {
 #[expect(clippy::print_stderr, reason = "the answer of a command")]
 fn complain(text: &str) {
     eprint!("{text}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_who_names_pingora_gets_what_it_writes_at_debug() {
-        let logs = |asked: &str, target: &str| {
-            let mut log = env_logger::Builder::new();
-            log.parse_filters(asked).parse_filters(&discreet(asked));
-            let debug = log::Metadata::builder().level(log::Level::Debug).target(target).build();
-            let info = log::Metadata::builder().level(log::Level::Info).target(target).build();
-            let log = log.build();
-            [log::Log::enabled(&log, &info), log::Log::enabled(&log, &debug)]
-        };
-        for all in ["debug", "trace", "info,debug", "plimsoll=info, DEBUG", "debug/x"] {
-            assert_eq!(logs(all, "pingora_proxy"), [true, false], "{all}");
-            assert_eq!(logs(all, "pingora_core::protocols"), [true, false], "{all}");
-            assert_eq!(logs(all, "h2::codec"), [true, false], "{all}");
-        }
-        assert_eq!(logs("debug", "plimsoll::proxy"), [true, true]);
-        assert_eq!(logs("debug,pingora_proxy=debug", "pingora_proxy"), [true, true]);
-        assert_eq!(logs("debug,pingora_proxy=debug", "pingora_core"), [true, false]);
-        assert_eq!(logs("pingora=debug,debug", "pingora_core"), [true, true]);
-        assert_eq!(logs("warn,plimsoll=debug", "pingora_proxy"), [false, false]);
-        assert_eq!(logs("off", "pingora_proxy"), [false, false]);
-        let below_admin = "pingora_core::apps::http_app";
-        assert_eq!(logs("trace,pingora=trace", below_admin), [false, false]);
-        assert_eq!(logs(&format!("{below_admin}=debug"), below_admin), [true, true]);
-    }
 }

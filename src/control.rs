@@ -1,9 +1,9 @@
-//! What another process of ours is asked over its admin listener: `plimsoll reload`, `upgrade`, `status`.
+//! What another process of ours is asked over its admin listener: `plimsoll reload`, `upgrade`, `status`, `drain`.
 //!
 //! Where that listener is, and which token it wants, is in the configuration that both have read.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -13,6 +13,9 @@ use crate::config::{Admin, AdminAddress};
 
 /// How long an answer may take: names that do not resolve take their time.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether a backend is drained.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Asks the process behind `admin` to read its configuration again; what it says of it.
 ///
@@ -36,6 +39,74 @@ pub fn upgrade(admin: &Admin) -> Result<String, String> {
 /// Why it does not tell, or that nobody is there.
 pub fn status(admin: &Admin) -> Result<String, String> {
     told(admin, "GET", "/status")
+}
+
+/// A backend, in one upstream or in every one that has it.
+pub struct Named<'a> {
+    /// Its address and port.
+    pub address: &'a str,
+    /// The upstream, if only one is meant.
+    pub upstream: Option<&'a str>,
+}
+
+impl Named<'_> {
+    /// As a query of the admin listener.
+    fn query(&self) -> String {
+        let upstream = self.upstream.map(|name| format!("&upstream={}", encoded(name)));
+        format!("?backend={}{}", encoded(self.address), upstream.unwrap_or_default())
+    }
+
+    /// What a status says of the requests that it has in flight; `None` if it is not there.
+    fn in_flight(&self, status: &Value) -> Option<u64> {
+        let upstreams = status["upstreams"].as_object()?;
+        let meant = upstreams.iter().filter(|(name, _)| self.upstream.is_none_or(|only| only == *name));
+        let backends = meant.flat_map(|(_, upstream)| upstream["backends"].as_array().into_iter().flatten());
+        // The same address may be written in two ways.
+        let is = |text: Option<&str>| text.and_then(|text| text.parse::<SocketAddr>().ok());
+        let ours = is(Some(self.address))?;
+        let found = backends.filter(|backend| is(backend["address"].as_str()) == Some(ours));
+        found.map(|backend| backend["active_requests"].as_u64()).sum()
+    }
+}
+
+/// Tells the process behind `admin` to send no new request to a backend; what it says of it.
+///
+/// # Errors
+/// Why it does not do so, or that nobody is there.
+pub fn drain(admin: &Admin, backend: &Named<'_>) -> Result<String, String> {
+    told(admin, "POST", &format!("/drain{}", backend.query()))
+}
+
+/// Waits until a backend has no request in flight, or is gone.
+///
+/// # Errors
+/// That nobody answers any more.
+#[expect(clippy::disallowed_methods, reason = "a command that waits for another process")]
+pub fn drained(admin: &Admin, backend: &Named<'_>) -> Result<String, String> {
+    loop {
+        let status = status(admin)?;
+        let status: Value = serde_json::from_str(&status).map_err(|e| format!("/status is no JSON: {e}"))?;
+        match backend.in_flight(&status) {
+            Some(0) | None => return Ok(format!("{} has no request in flight", backend.address)),
+            Some(_) => std::thread::sleep(LOOK_INTERVAL),
+        }
+    }
+}
+
+/// Tells the process behind `admin` to let a backend serve again; what it says of it.
+///
+/// # Errors
+/// Why it does not do so, or that nobody is there.
+pub fn undrain(admin: &Admin, backend: &Named<'_>) -> Result<String, String> {
+    told(admin, "POST", &format!("/undrain{}", backend.query()))
+}
+
+/// Tells the process behind `admin` to give a backend this weight; what it says of it.
+///
+/// # Errors
+/// Why it does not do so, or that nobody is there.
+pub fn weigh(admin: &Admin, backend: &Named<'_>, weight: u32) -> Result<String, String> {
+    told(admin, "POST", &format!("/weight{}&weight={weight}", backend.query()))
 }
 
 /// What [`status`] says, as a table for people; as it is if it cannot be read.
@@ -102,6 +173,16 @@ fn told(admin: &Admin, method: &str, path: &str) -> Result<String, String> {
         Ok((_, why)) => Err(why.trim_end().to_owned()),
         Err(e) => Err(format!("no answer from {whom}, where `admin` says that Plimsoll is: {e}")),
     }
+}
+
+/// As it can stand in a query.
+fn encoded(text: &str) -> String {
+    text.bytes().fold(String::new(), |out, byte| match byte {
+        b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'.' | b'-' | b'_' => {
+            out + char::from(byte).to_string().as_str()
+        }
+        byte => out + &format!("%{byte:02x}"),
+    })
 }
 
 /// One request; the answer's status and body.
@@ -172,6 +253,17 @@ mod tests {
         );
         assert_eq!(status_table("no JSON"), "no JSON");
         assert_eq!(status_table("{}"), "plimsoll ?");
+    }
+
+    #[test]
+    fn a_backend_is_named_in_a_query_and_found_in_a_status() {
+        let named = Named { address: "[::1]:8000", upstream: Some("a&b") };
+        assert_eq!(named.query(), "?backend=%5b%3a%3a1%5d%3a8000&upstream=a%26b");
+        let backends =
+            |n| serde_json::json!({ "backends": [{ "address": "[::1]:8000", "active_requests": n }] });
+        let status = serde_json::json!({ "upstreams": { "a&b": backends(3), "c": backends(4) } });
+        assert_eq!(named.in_flight(&status), Some(3));
+        assert_eq!(Named { upstream: None, ..named }.in_flight(&status), Some(7));
     }
 
     #[test]

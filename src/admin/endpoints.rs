@@ -1,7 +1,7 @@
 //! Every endpoint of the admin listener, in one table.
 //!
-//! What is answered, the list in a 404, the `allow` of a 405 and the test that compares `docs/openapi.yaml` with what is
-//! there all come from it.
+//! What is answered, the list in a 404, the `allow` of a 405 and the test that compares `docs/openapi.yaml` with what
+//! is there all come from it.
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,11 @@ pub(super) enum Ask {
     Drain,
     Undrain,
     Weight,
+    Explain,
+    Config,
+    Log,
+    SetLog,
+    OpenApi,
 }
 
 /// One of the endpoints.
@@ -43,7 +48,7 @@ const fn open(path: &'static str, ask: Ask) -> Endpoint {
 }
 
 /// All of them.
-pub(super) const ENDPOINTS: [Endpoint; 12] = [
+pub(super) const ENDPOINTS: [Endpoint; 17] = [
     get("/metrics", Ask::Metrics),
     open("/livez", Ask::Livez),
     open("/readyz", Ask::Readyz),
@@ -56,6 +61,11 @@ pub(super) const ENDPOINTS: [Endpoint; 12] = [
     post("/drain", Ask::Drain),
     post("/undrain", Ask::Undrain),
     post("/weight", Ask::Weight),
+    post("/explain", Ask::Explain),
+    get("/config", Ask::Config),
+    get("/log", Ask::Log),
+    Endpoint { method: "PUT", ..get("/log", Ask::SetLog) },
+    get("/openapi.yaml", Ask::OpenApi),
 ];
 
 /// Why there is no such endpoint.

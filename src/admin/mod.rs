@@ -6,6 +6,7 @@
 
 mod backends;
 mod endpoints;
+mod explain;
 mod guard;
 mod query;
 mod status;
@@ -18,10 +19,11 @@ use http::{HeaderValue, Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::config;
 use crate::observe::metrics::Metrics;
+use crate::observe::verbosity::Verbosity;
 use crate::proxy::{CHOICES_LIMIT, Proxy};
 use endpoints::{Ask, Unknown};
 use guard::Guard;
@@ -33,6 +35,7 @@ pub struct Admin {
     metrics: Arc<Metrics>,
     guard: Guard,
     process: Arc<dyn Process>,
+    verbosity: Verbosity,
 }
 
 /// What of the process is asked here and decided elsewhere.
@@ -40,6 +43,9 @@ pub struct Admin {
 pub trait Process: Send + Sync {
     /// Reloads the configuration, and says what came of it, or why nothing did. It may take its time.
     fn reload(&self) -> Result<String, String>;
+
+    /// The configuration that runs, as YAML and without secrets. It may wait for a reload.
+    fn config(&self) -> String;
 
     /// What came of the last reload, whoever asked for it; `None` if there was none.
     fn last_reload(&self) -> Option<Reloaded>;
@@ -58,6 +64,9 @@ pub struct Reloaded {
     /// How long ago it was.
     pub ago: Duration,
 }
+
+/// All of this for machines.
+const OPENAPI: &str = include_str!("../../docs/openapi.yaml");
 
 /// An answer, whole.
 type Answer = Response<Vec<u8>>;
@@ -78,8 +87,9 @@ impl Admin {
         metrics: Arc<Metrics>,
         config: &config::Admin,
         process: Arc<dyn Process>,
+        verbosity: Verbosity,
     ) -> Self {
-        Self { proxy, metrics, guard: Guard::new(&config.address, config.token.clone()), process }
+        Self { proxy, metrics, guard: Guard::new(&config.address, config.token.clone()), process, verbosity }
     }
 
     /// Whether the request may have an answer; if not, what it gets.
@@ -94,20 +104,20 @@ impl Admin {
     }
 
     /// The answer to a request that may have one, and knows or does not know the token.
-    async fn answer(&self, ask: Ask, request: &RequestHeader, may_ask: bool) -> Result<Answer, Flaw> {
-        let query = request.uri.query();
+    async fn answer(&self, ask: Ask, session: &mut ServerSession, may_ask: bool) -> Result<Answer, Flaw> {
+        let query = session.req_header().uri.query();
         Ok(match ask {
             Ask::Metrics => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
             Ask::Livez => text(StatusCode::OK, "ok\n"),
             Ask::Readyz => self.readiness(may_ask),
-            Ask::Status => json(&self.status()),
+            Ask::Status => of_json(&self.status()),
             Ask::Choices => {
                 let limit = Query::parse(query, &["limit"])?.number("limit")?;
-                json(&self.choices(limit.map_or(CHOICES_LIMIT, |limit| limit as usize)))
+                of_json(&self.choices(limit.map_or(CHOICES_LIMIT, |limit| limit as usize)))
             }
-            Ask::Requests => json(&self.requests()),
+            Ask::Requests => of_json(&self.requests()),
             Ask::LastReload => {
-                json(&self.process.last_reload().as_ref().map_or(Value::Null, status::reloaded))
+                of_json(&self.process.last_reload().as_ref().map_or(Value::Null, status::reloaded))
             }
             Ask::Reload => self.reload().await,
             Ask::Upgrade => match self.process.upgrade().await {
@@ -120,6 +130,11 @@ impl Admin {
             Ask::Drain => text(StatusCode::OK, self.drain(query)?),
             Ask::Undrain => text(StatusCode::OK, self.undrain(query)?),
             Ask::Weight => text(StatusCode::OK, self.reweigh(query)?),
+            Ask::Explain => self.explain(session).await?,
+            Ask::Config => self.config().await,
+            Ask::Log => of_json(&json!({ "level": self.verbosity.words() })),
+            Ask::SetLog => text(StatusCode::OK, self.set_log(query)?),
+            Ask::OpenApi => answer(StatusCode::OK, "application/yaml", OPENAPI),
         })
     }
 
@@ -149,6 +164,23 @@ impl Admin {
         }
     }
 
+    /// Changes how much is logged, and says what it was.
+    fn set_log(&self, query: Option<&str>) -> Result<String, Flaw> {
+        let query = Query::parse(query, &["level"])?;
+        let (level, before) = (query.required("level")?, self.verbosity.words());
+        self.verbosity.set(level)?;
+        log::warn!("log level changed level={level:?} before={before:?} by=admin");
+        Ok(format!("logged is {level}; before, {before}\n"))
+    }
+
+    async fn config(&self) -> Answer {
+        let process = self.process.clone();
+        match tokio::task::spawn_blocking(move || process.config()).await {
+            Ok(config) => answer(StatusCode::OK, "application/yaml", config),
+            Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("not shown: {e}\n")),
+        }
+    }
+
     async fn reload(&self) -> Answer {
         let process = self.process.clone();
         match tokio::task::spawn_blocking(move || process.reload()).await {
@@ -172,7 +204,7 @@ impl ServeHttp for Admin {
             return refusal;
         }
         match endpoints::find(request.method.as_str(), path) {
-            Ok(endpoint) => match self.answer(endpoint.ask, request, may_ask).await {
+            Ok(endpoint) => match self.answer(endpoint.ask, session, may_ask).await {
                 Ok(answer) => answer,
                 Err(Flaw(status, why)) => text(status, why + "\n"),
             },
@@ -192,7 +224,7 @@ fn text(status: StatusCode, body: impl Into<Vec<u8>>) -> Answer {
     answer(status, "text/plain", body)
 }
 
-fn json(value: &Value) -> Answer {
+fn of_json(value: &Value) -> Answer {
     answer(StatusCode::OK, "application/json", format!("{value:#}\n"))
 }
 

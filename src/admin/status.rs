@@ -1,7 +1,7 @@
 //! `/status`, `/choices`, `/requests`: how the backends are, where requests went, and which are under way.
 //!
-//! JSON for `plimsoll status`, `plimsoll top`, the dashboard and scripts. Counters count since the start of the process:
-//! whoever wants a rate takes differences.
+//! JSON for `plimsoll status`, `plimsoll top`, the dashboard and scripts. Counters count since the start of the
+//! process: whoever wants a rate takes differences.
 
 use serde_json::{Value, json};
 

@@ -57,7 +57,7 @@ impl Balancer {
 
     /// Decides so again, for another process, with what [`Balancer::decided`] said there. A weight that is no longer
     /// configured as it was then is left.
-    pub fn decide(&mut self, address: &SocketAddr, (drains, weight): (bool, Option<[u32; 2]>), now: Time) {
+    pub fn adopt(&mut self, address: &SocketAddr, (drains, weight): (bool, Option<[u32; 2]>), now: Time) {
         let configured = self.members.iter().find(|member| member.address == *address).map(|m| m.weight);
         if let Some([_, set]) = weight.filter(|[before, _]| configured == Some(*before)) {
             self.reweigh(address, set);

@@ -87,10 +87,9 @@ fn path(path: &Path) -> String {
 }
 
 fn of_server(server: &Server) -> Map {
-    let Server { threads, upgrade_socket, pid_file, drain_timeout, open_files } = server;
+    let Server { threads, pid_file, drain_timeout, open_files } = server;
     Map::default()
         .put("threads", *threads)
-        .some("upgrade_socket", upgrade_socket.as_deref().map(path))
         .some("pid_file", pid_file.as_deref().map(path))
         .put("drain_timeout", span(drain_timeout))
         .some("open_files", *open_files)

@@ -1,8 +1,8 @@
 //! The requests in flight and the last choices, for whoever asks how it goes.
 //!
 //! Each request has a [`Flight`], which is listed when it comes and struck off when it goes: two short locks. What is
-//! learned in between is written where only this request writes, so a reader that takes its time is in nobody's way, and
-//! a stream's event costs a counter. Names and numbers are kept; bodies, prompts and credentials never are.
+//! learned in between is written where only this request writes, so a reader that takes its time is in nobody's way,
+//! and a stream's event costs a counter. Names and numbers are kept; bodies, prompts and credentials never are.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

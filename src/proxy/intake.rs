@@ -3,6 +3,7 @@
 //! What needs no engine is answered on the spot. Everything else is read whole, digested, routed, priced and
 //! admitted, in this order, or refused with the reason.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pingora::http::RequestHeader;
@@ -12,9 +13,11 @@ use pingora_proxy::Session;
 
 use super::body::{self, Unread};
 use super::reply::{self, REQUEST_ID, Refusal};
+use super::setup::Setup;
 use super::{Context, Proxy, hygiene};
-use crate::prompt::{self, Endpoint};
-use crate::upstream;
+use crate::balance::retry;
+use crate::prompt::{self, Digest, Endpoint};
+use crate::upstream::{self, Upstream};
 
 /// The header by which a client keeps a conversation together, beside `prompt_cache_key` in the body.
 const SESSION: &str = "x-session-id";
@@ -96,16 +99,13 @@ impl Proxy {
         ctx.body = body::read(session.as_downstream_mut(), &ctx.setup.limits, self.clock, &self.room).await?;
         let bytes = ctx.body.as_ref().map_or(&[][..], |body| &body.bytes);
         ctx.body_bytes = bytes.len();
-        let request = session.req_header();
-        let digest = prompt::digest(Endpoint::from_path(request.uri.path()), bytes);
         let name = key.as_ref().map(|key| key.name.as_str());
-        let way =
-            ctx.setup.routes.resolve(request, digest.model.as_deref(), name).map_err(Unread::Refused)?;
-        let upstream = way.upstream.clone();
-        ctx.retry_rule = Some(way.retry.clone());
-        ctx.session = request.headers.get(SESSION).map(|value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()));
+        let found = find(&ctx.setup, session.req_header(), bytes, name).map_err(Unread::Refused)?;
+        let upstream = found.upstream;
+        ctx.retry_rule = Some(found.retry);
+        ctx.session = found.session;
         ctx.upstream = Some(upstream.clone());
-        let digest = ctx.digest.insert(digest);
+        let digest = ctx.digest.insert(found.digest);
         let request = upstream.price(digest, ctx.session);
         ctx.prompt_tokens = request.prompt_tokens;
         ctx.entered.flight.route(&upstream, digest.model.as_deref(), ctx.prompt_tokens);
@@ -120,6 +120,9 @@ impl Proxy {
         ctx.admitted = match admitted {
             Ok(Some(charge)) => Some(charge),
             Ok(None) => return Err(Unread::Refused(Refusal::no_backend(&upstream.name))),
+            Err(upstream::Refusal::Drained) => {
+                return Err(Unread::Refused(Refusal::draining(&upstream.name)));
+            }
             Err(upstream::Refusal::Full) => return Err(Unread::Refused(Refusal::queue_full())),
             Err(upstream::Refusal::Late) => return Err(Unread::Refused(Refusal::queue_timeout())),
         };
@@ -153,6 +156,29 @@ impl Proxy {
         }
         Ok(())
     }
+}
+
+/// What a request is, and where it goes.
+pub(super) struct Found {
+    pub(super) upstream: Arc<Upstream>,
+    pub(super) retry: Arc<retry::Rule>,
+    pub(super) digest: Digest,
+    /// From a session header.
+    pub(super) session: Option<u64>,
+}
+
+/// Digests the body of a request that showed `key`, and finds out where it goes.
+pub(super) fn find(
+    setup: &Setup,
+    request: &RequestHeader,
+    body: &[u8],
+    key: Option<&str>,
+) -> Result<Found, Refusal> {
+    let digest = prompt::digest(Endpoint::from_path(request.uri.path()), body);
+    let way = setup.routes.resolve(request, digest.model.as_deref(), key)?;
+    let (upstream, retry) = (way.upstream.clone(), way.retry.clone());
+    let session = request.headers.get(SESSION).map(|value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()));
+    Ok(Found { upstream, retry, digest, session })
 }
 
 /// Whether it only asks, and nothing is to be done: what may be answered on the spot.

@@ -19,6 +19,7 @@
 mod access;
 mod body;
 mod context;
+mod explain;
 mod flights;
 pub mod forward;
 pub mod hygiene;
@@ -56,6 +57,7 @@ use crate::upstream::Upstream;
 use body::{Room, Unread};
 use context::Attempt;
 pub use context::{Context, InFlight};
+pub use explain::Explanation;
 use flights::Choices;
 pub use flights::{CHOICES_LIMIT, Chosen, Shown, Stage};
 use forward::Origin;

@@ -30,7 +30,7 @@ pub struct Refusal {
 
 /// Every reason for which a request or a connection is refused: the codes of our answers, and then what ends
 /// a connection without one.
-pub(crate) const CODES: [&str; 28] = [
+pub(crate) const CODES: [&str; 29] = [
     "bad_request",
     "ambiguous_framing",
     "bad_host",
@@ -49,6 +49,7 @@ pub(crate) const CODES: [&str; 28] = [
     "model_not_found",
     "buffers_full",
     "no_backend",
+    "draining",
     "queue_full",
     "queue_timeout",
     "upstream_unreachable",
@@ -155,6 +156,11 @@ impl Refusal {
     pub(super) fn no_backend(upstream: &str) -> Self {
         let message = format!("no backend of `{upstream}` can take the request at the moment");
         Self::new(503, "no_backend", message).retry_after(5)
+    }
+
+    pub(super) fn draining(upstream: &str) -> Self {
+        let message = format!("every backend of `{upstream}` is being drained");
+        Self::new(503, "draining", message).retry_after(5)
     }
 
     pub(super) fn queue_full() -> Self {

@@ -35,6 +35,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
 use crate::observe::metrics::Metrics;
+use crate::observe::verbosity::Verbosity;
 use crate::policy::Policies;
 use crate::proxy::Proxy;
 use background::Background;
@@ -73,12 +74,13 @@ impl std::fmt::Display for StartError {
 impl std::error::Error for StartError {}
 
 /// Runs what `config` describes until a signal ends it, and what `file`, from which it was read and which may name any
-/// of `policies`, describes after a reload. With a `predecessor`, in its place.
+/// of `policies`, describes after a reload. With a `predecessor`, in its place. `verbosity` is that of the log.
 pub fn run(
     file: &Path,
     config: Config,
     policies: &Policies,
     predecessor: Option<Predecessor>,
+    verbosity: Verbosity,
 ) -> Result<(), StartError> {
     let clock = Clock::start();
     raise_open_files(config.server.open_files);
@@ -137,7 +139,7 @@ pub fn run(
         let process = Process { reloader: reloader.clone(), upgrades };
         server.add_service(Listening {
             name: "admin",
-            app: Arc::new(Admin::new(proxy, metrics.clone(), config, Arc::new(process))),
+            app: Arc::new(Admin::new(proxy, metrics.clone(), config, Arc::new(process), verbosity)),
             sockets: vec![socket],
             threads: Some(1),
             gate: gate.clone(),
@@ -172,6 +174,10 @@ struct Process {
 impl admin::Process for Process {
     fn reload(&self) -> Result<String, String> {
         self.reloader.reload()
+    }
+
+    fn config(&self) -> String {
+        self.reloader.config()
     }
 
     fn last_reload(&self) -> Option<Reloaded> {

@@ -74,6 +74,11 @@ impl Reloader {
         result
     }
 
+    /// The configuration that runs, without its secrets.
+    pub(super) fn config(&self) -> String {
+        config::show(&self.running.lock())
+    }
+
     /// What came of the last reload.
     pub(super) fn last_reload(&self) -> Option<Reloaded> {
         let last = self.last.lock();

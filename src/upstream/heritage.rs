@@ -60,7 +60,7 @@ impl Upstream {
             balancer.remember(address, prefixes);
         }
         for (address, decided) in &heritage.decisions {
-            balancer.decide(address, *decided, self.shared.clock.now());
+            balancer.adopt(address, *decided, self.shared.clock.now());
         }
     }
 

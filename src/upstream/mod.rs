@@ -237,7 +237,14 @@ impl Upstream {
                 return Ok(charge);
             }
         }
-        self.shared.queue.wait(|| self.assign(request, &[])).await.map(Some)
+        if self.is_drained() {
+            return Err(Refusal::Drained);
+        }
+        let attempt = || match self.assign(request, &[]) {
+            Some(charge) => Some(Ok(Some(charge))),
+            None => self.is_drained().then_some(Err(Refusal::Drained)),
+        };
+        self.shared.queue.wait(attempt).await?
     }
 
     /// Chooses a backend that was not tried yet and charges it; `None` if none is left or all are full.

@@ -5,7 +5,8 @@
 use std::net::SocketAddr;
 
 use super::Upstream;
-use crate::balance::State;
+use crate::balance::{Explained, NoPick, State};
+use crate::policy::Request;
 
 impl Upstream {
     /// From now on the backend at `address` gets no new request; false if it is none of this upstream's.
@@ -13,6 +14,8 @@ impl Upstream {
         let done = self.shared.balancer.lock().drain(address, self.shared.clock.now());
         if done {
             log::warn!("backend drains upstream={} backend={address} by=admin", self.name);
+            // If it was the last, nobody need wait any longer.
+            self.shared.queue.wake();
         }
         done
     }
@@ -40,6 +43,16 @@ impl Upstream {
     /// The backend at `address` as it stands, if it is one of this upstream's.
     pub fn state(&self, address: &SocketAddr) -> Option<State> {
         self.states().into_iter().find(|state| state.address == *address)
+    }
+
+    /// What would be done with `request` at this moment, and why.
+    pub fn explain(&self, request: &Request<'_>) -> Explained {
+        self.shared.balancer.lock().explain(request, self.shared.clock.now())
+    }
+
+    /// Whether all backends are being drained, so that nobody need wait for room.
+    pub(super) fn is_drained(&self) -> bool {
+        self.shared.balancer.lock().tier(&[], self.shared.clock.now()) == Err(NoPick::Drained)
     }
 
     /// Requests that wait for room.

@@ -17,6 +17,8 @@ pub enum Refusal {
     Full,
     /// The time is up.
     Late,
+    /// There is nobody to wait for: every backend is being drained.
+    Drained,
 }
 
 /// How many may wait, and how long.

@@ -1,5 +1,10 @@
 //! The admin listener where others can reach it: with a token, or on a Unix socket.
 
+mod explain;
+mod operate;
+mod schema;
+mod seen;
+
 use crate::support::client::Request;
 use crate::support::engine::Engine;
 use crate::support::proxy::{Keys, Proxy, binary, folder};

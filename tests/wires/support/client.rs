@@ -52,6 +52,11 @@ impl Request {
         Self { framing: Framing::Open, ..Self::post(path, "") }.method_of("GET")
     }
 
+    /// A PUT without a body.
+    pub fn put(path: &str) -> Self {
+        Self::post(path, "").method_of("PUT")
+    }
+
     /// A POST of declared length.
     pub fn post(path: &str, body: impl Into<Bytes>) -> Self {
         Self {

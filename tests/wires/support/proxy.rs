@@ -181,7 +181,11 @@ impl Proxy {
 
     /// The answer of the admin listener.
     pub async fn admin(&self, request: &Request) -> Answer {
-        Client::connect(self.admin.address(), Line::Http1).await.ask(request).await
+        let address = self.admin.address();
+        let named = request.headers().iter().any(|(name, _)| name == "host");
+        let request =
+            if named { request.clone() } else { request.clone().with("host", &address.to_string()) };
+        Client::connect(address, Line::Http1).await.ask(&request).await
     }
 
     /// What `GET /metrics` says now.
