@@ -18,6 +18,7 @@ fn check(folder: &Path, file: &str) -> Output {
         .args(["check", file])
         .current_dir(folder)
         .env_remove("PLIMSOLL_NO_SUCH_KEY")
+        .env_remove("CREDENTIALS_DIRECTORY")
         .output()
         .expect("the binary runs")
 }
@@ -116,6 +117,31 @@ fn the_nginx_file_holds_every_line_of_the_original() {
     for line in original {
         assert!(text.contains(&format!("# nginx: {line}")), "`{line}` is not translated");
     }
+}
+
+#[test]
+fn a_credential_of_systemd_is_found_by_its_name() {
+    let scratch = std::env::temp_dir().join(format!("plimsoll-credential-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).expect("a scratch folder");
+    let text = "listeners: [{address: 127.0.0.1:8080}]\nkeys: {team-a: {credential: team-a}}\n\
+                upstreams: {u: {backends: [127.0.0.1:8000], api_key: {credential: engine}}}";
+    std::fs::write(scratch.join("plimsoll.yaml"), text).expect("it can be written");
+    std::fs::write(scratch.join("team-a"), "sk-canary-a\n").expect("it can be written");
+    std::fs::set_permissions(scratch.join("team-a"), Permissions::from_mode(0o400)).expect("ours");
+    let check = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+        command.arg("check").arg(scratch.join("plimsoll.yaml")).env("CREDENTIALS_DIRECTORY", &scratch);
+        command.output().expect("the binary runs")
+    };
+    let without = check();
+    let said = String::from_utf8_lossy(&without.stderr);
+    assert_eq!(without.status.code(), Some(BROKEN), "{said}");
+    assert!(said.contains("cannot read") && said.contains("/engine`") && !said.contains("team-a`"), "{said}");
+    std::fs::write(scratch.join("engine"), "sk-canary-b\n").expect("it can be written");
+    std::fs::set_permissions(scratch.join("engine"), Permissions::from_mode(0o400)).expect("ours");
+    let with = check();
+    assert_eq!(with.status.code(), Some(0), "{with:?}");
+    std::fs::remove_dir_all(&scratch).expect("the scratch folder goes");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! An API key: how a client shows that it may ask, and how much it may ask for.
 //!
-//! The file holds a key's SHA-256 or says where the key itself is kept (`env`, `file`); only the hash is kept
-//! in memory. Keys are long and random, so that a plain hash cannot be turned back into one.
+//! The file holds a key's SHA-256 or says where the key itself is kept (`env`, `file`, `credential`); only
+//! the hash is kept in memory. Keys are long and random, so that a plain hash cannot be turned back into one.
 
 use std::fmt;
 use std::path::Path;
@@ -41,26 +41,32 @@ impl Key {
 
 impl<'de> Deserialize<'de> for Key {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Written { env, file, sha256, requests_per_minute, tokens_per_minute } =
+        let Written { env, file, credential, sha256, requests_per_minute, tokens_per_minute } =
             Written::deserialize(deserializer)?;
-        let (hash, secret) = match (sha256, Secret::from_source(env, file)) {
+        let (hash, secret) = match (sha256, Secret::from_source(env, file, credential)) {
             (Some(hash), None) => (hash, None),
             (None, Some(Ok(secret))) => (KeyHash::default(), Some(secret)),
-            _ => return Err(D::Error::custom("expected one of `env`, `file` and `sha256`")),
+            _ => return Err(D::Error::custom("expected one of `env`, `file`, `credential` and `sha256`")),
         };
         Ok(Self { hash, secret, requests_per_minute, tokens_per_minute })
     }
 }
 
-/// A client's key: one of `env`, `file` and `sha256`, and its limits.
+/// A client's key: one of `env`, `file`, `credential` and `sha256`, and its limits.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(extend("oneOf" = [{"required": ["env"]}, {"required": ["file"]}, {"required": ["sha256"]}]))]
+#[schemars(extend("oneOf" = [
+    {"required": ["env"]}, {"required": ["file"]}, {"required": ["credential"]}, {"required": ["sha256"]},
+]))]
 struct Written {
     /// The environment variable that holds the key.
     env: Option<String>,
     /// The file that holds the key; refused if everybody on the machine may read it.
     file: Option<std::path::PathBuf>,
+    /// The name of the credential that holds the key, by which the unit of systemd has it (`LoadCredential=NAME:PATH`).
+    #[serde(default, deserialize_with = "super::secret::credential")]
+    #[schemars(schema_with = "schema::credential")]
+    credential: Option<String>,
     /// The key's SHA-256, as `plimsoll key` prints it.
     sha256: Option<KeyHash>,
     /// Most requests per minute, 1 to 1000000; beyond it 429. Absent: no limit.

@@ -82,6 +82,10 @@ pub(super) fn url_path(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"title": "path of a URL", "type": "string", "pattern": r#"^/[!"$-~]*$"#})
 }
 
+pub(super) fn credential(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"title": "name of a credential", "type": "string", "pattern": "^[^/]+$"})
+}
+
 pub(super) fn between<const MIN: u32, const MAX: u32>(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "integer", "minimum": MIN, "maximum": MAX})
 }

@@ -1,7 +1,8 @@
 //! A secret, which the file names but does not hold.
 //!
-//! `{ env: NAME }` or `{ file: PATH }`: a configuration is copied, committed and shown, a secret is not. It
-//! is read when the configuration is loaded, and nothing prints it. A file that everybody may read is refused.
+//! `{ env: NAME }`, `{ file: PATH }` or `{ credential: NAME }`: a configuration is copied, committed and
+//! shown, a secret is not. It is read when the configuration is loaded, and nothing prints it. A file that
+//! everybody may read is refused.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 use subtle::{Choice, ConstantTimeEq as _};
+
+use super::{schema, units};
 
 /// A secret and where it came from. Its `Debug` shows the latter only.
 #[derive(Clone, PartialEq, Eq, JsonSchema)]
@@ -20,14 +23,19 @@ pub struct Secret {
 }
 
 /// A secret can only be in one place.
-pub(super) struct BothGiven;
+pub(super) struct SeveralGiven;
 
 /// Where a secret is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
     Env(String),
     File(PathBuf),
+    /// What systemd hands to a service by `LoadCredential=` and the like.
+    Credential(String),
 }
+
+/// Where systemd puts the credentials of a service.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 impl Secret {
     /// The secret itself: visible ASCII, so it can stand in a header.
@@ -35,15 +43,17 @@ impl Secret {
         &self.value
     }
 
-    /// A secret, not yet read, that is kept in one of the two places; `None` if neither is given, an error if both are.
-    pub(super) fn from_source(env: Option<String>, file: Option<PathBuf>) -> Option<Result<Self, BothGiven>> {
-        let source = match (env, file) {
-            (Some(name), None) => Source::Env(name),
-            (None, Some(path)) => Source::File(path),
-            (None, None) => return None,
-            (Some(_), Some(_)) => return Some(Err(BothGiven)),
-        };
-        Some(Ok(Self { source, value: String::new() }))
+    /// A secret, not yet read, that is kept in one of these places; `None` if none is given, an error if several are.
+    pub(super) fn from_source(
+        env: Option<String>,
+        file: Option<PathBuf>,
+        credential: Option<String>,
+    ) -> Option<Result<Self, SeveralGiven>> {
+        let places = [env.map(Source::Env), file.map(Source::File), credential.map(Source::Credential)];
+        let mut given = places.into_iter().flatten();
+        let source = given.next()?;
+        let one = given.next().is_none();
+        Some(if one { Ok(Self { source, value: String::new() }) } else { Err(SeveralGiven) })
     }
 
     /// Where it is kept: the key in the file, and what stands there.
@@ -71,10 +81,16 @@ impl Secret {
             }
             Source::File(path) => {
                 *path = folder.join(&*path);
-                let bytes = super::read_file(path)
-                    .map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
-                super::not_for_everybody(path)?;
-                String::from_utf8_lossy(&bytes).into_owned()
+                read_secret_file(path)?
+            }
+            Source::Credential(name) => {
+                let given = std::env::var_os(CREDENTIALS).ok_or_else(|| {
+                    format!(
+                        "no credential `{name}`: {CREDENTIALS} is not set; systemd sets it for a unit with \
+                         `LoadCredential={name}:PATH`"
+                    )
+                })?;
+                read_secret_file(&Path::new(&given).join(&*name))?
             }
         };
         let value = found.trim_end();
@@ -89,11 +105,26 @@ impl Secret {
     }
 }
 
+fn read_secret_file(path: &Path) -> Result<String, String> {
+    let bytes =
+        super::read_file(path).map_err(|error| format!("cannot read `{}`: {error}", path.display()))?;
+    super::not_for_everybody(path)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The name of a credential: that of a file in a folder that systemd made.
+pub(super) fn credential<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let is_name = |text: &str| !matches!(text, "" | "." | "..") && !text.contains('/');
+    let parse = |text: &str| is_name(text).then(|| text.to_owned());
+    units::text(deserializer, "the name of a credential, as in `LoadCredential=NAME:PATH`", parse).map(Some)
+}
+
 impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
             Source::Env(name) => write!(f, "the environment variable `{name}`"),
             Source::File(path) => write!(f, "`{}`", path.display()),
+            Source::Credential(name) => write!(f, "the credential `{name}`"),
         }
     }
 }
@@ -107,20 +138,24 @@ impl fmt::Debug for Secret {
 /// Where a secret is kept: one of these.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(extend("oneOf" = [{"required": ["env"]}, {"required": ["file"]}]))]
+#[schemars(extend("oneOf" = [{"required": ["env"]}, {"required": ["file"]}, {"required": ["credential"]}]))]
 struct Written {
     /// The environment variable that holds it.
     env: Option<String>,
     /// The file that holds it; refused if everybody on the machine may read it.
     file: Option<PathBuf>,
+    /// The name of the credential that holds it, by which the unit of systemd has it (`LoadCredential=NAME:PATH`).
+    #[serde(default, deserialize_with = "credential")]
+    #[schemars(schema_with = "schema::credential")]
+    credential: Option<String>,
 }
 
 impl<'de> Deserialize<'de> for Secret {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Written { env, file } = Written::deserialize(deserializer)?;
-        match Self::from_source(env, file) {
+        let Written { env, file, credential } = Written::deserialize(deserializer)?;
+        match Self::from_source(env, file, credential) {
             Some(Ok(secret)) => Ok(secret),
-            _ => Err(D::Error::custom("expected either `env` or `file`")),
+            _ => Err(D::Error::custom("expected one of `env`, `file` and `credential`")),
         }
     }
 }
