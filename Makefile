@@ -1,7 +1,7 @@
 # Two commands: `make demo` shows what Plimsoll is for, `make test` proves that it works.
 # Both share one build profile, so the second one builds nothing twice.
 
-.PHONY: demo test fuzz tools release install-cmake
+.PHONY: demo test fuzz tools release install uninstall deb install-cmake
 
 demo: tools
 	cargo run --locked -- demo
@@ -32,6 +32,48 @@ fuzz: tools
 # What ships: fat LTO, symbols kept. Takes its time.
 release: tools
 	cargo build --locked --release
+
+# Puts the program where programs are, with its unit, completions, manual and examples; a configuration that is there
+# stays as it is. `make release` first. PREFIX is /usr for packages, DESTDIR where a package is put together.
+PREFIX ?= /usr/local
+BINARY ?= target/release/plimsoll
+SHARE = $(DESTDIR)$(PREFIX)/share
+CONFIG = $(DESTDIR)/etc/plimsoll/plimsoll.yaml
+UNIT = $(DESTDIR)$(PREFIX)/lib/systemd/system/plimsoll.service
+USERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d/plimsoll.conf
+BASH = $(SHARE)/bash-completion/completions/plimsoll
+ZSH = $(SHARE)/zsh/site-functions/_plimsoll
+FISH = $(SHARE)/fish/vendor_completions.d/plimsoll.fish
+
+install:
+	@test -x $(BINARY) || { echo "$(BINARY) is missing: make release"; exit 1; }
+	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/plimsoll
+	install -d $(dir $(UNIT) $(USERS) $(BASH) $(ZSH) $(FISH) $(CONFIG)) $(SHARE)/man/man1 $(SHARE)/plimsoll
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' systemd/plimsoll.service > $(UNIT)
+	install -m 0644 systemd/plimsoll.sysusers $(USERS)
+	$(BINARY) completions bash > $(BASH)
+	$(BINARY) completions zsh > $(ZSH)
+	$(BINARY) completions fish > $(FISH)
+	$(BINARY) man --into $(SHARE)/man/man1
+	chmod 0644 $(UNIT) $(BASH) $(ZSH) $(FISH) $(SHARE)/man/man1/plimsoll*.1
+	install -m 0644 conf/* systemd/plimsoll.env $(SHARE)/plimsoll
+	test -e $(CONFIG) || { \
+		sed 's|schema=plimsoll|schema=$(PREFIX)/share/plimsoll/plimsoll|' conf/minimal.yaml > $(CONFIG); \
+		chmod 0644 $(CONFIG); \
+	}
+
+# Leaves the configuration.
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/plimsoll $(UNIT) $(USERS) $(BASH) $(ZSH) $(FISH)
+	rm -f $(SHARE)/man/man1/plimsoll.1 $(SHARE)/man/man1/plimsoll-*.1
+	rm -rf $(SHARE)/plimsoll
+
+# A Debian package, of what `make install` installs: target/debian/*.deb.
+deb: release
+	@command -v cargo-deb >/dev/null || { echo "cargo-deb is missing: cargo install cargo-deb --locked"; exit 1; }
+	rm -rf target/stage
+	$(MAKE) --no-print-directory install DESTDIR=target/stage PREFIX=/usr
+	cargo deb --locked --no-build
 
 # Pingora builds zlib-ng, which needs a C compiler and cmake; nothing else is installed, and it says so.
 tools:

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap_complete::Shell;
+use clap_mangen::Man;
 use ring::rand::{SecureRandom as _, SystemRandom};
 
 use crate::observe::verbosity::Verbosity;
@@ -95,6 +97,20 @@ enum Command {
         #[arg(value_name = "WEIGHT")]
         weight: u32,
     },
+    /// Print what a shell completes our words with; packages install it.
+    ///
+    /// For this shell alone: `source <(plimsoll completions bash)`.
+    Completions {
+        /// Which shell.
+        #[arg(value_name = "SHELL")]
+        shell: Shell,
+    },
+    /// Print the manual page: `plimsoll man | man -l -`.
+    Man {
+        /// Write it into this folder instead, and a page for each command.
+        #[arg(long, value_name = "FOLDER")]
+        into: Option<PathBuf>,
+    },
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -130,8 +146,7 @@ pub fn main() -> ExitCode {
 
 /// Does what the command line says: `run`, `check` and `simulate` know `policies`.
 pub fn main_with(policies: &Policies) -> ExitCode {
-    let command = Cli::command().mut_subcommand("simulate", |c| simulate::with_policies(c, policies));
-    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
+    let cli = Cli::from_arg_matches(&commands(policies).get_matches()).unwrap_or_else(|error| error.exit());
     let verbosity = Verbosity::start();
     match cli.command {
         Command::Run { config, successor: false } => run(&config, policies, None, verbosity),
@@ -173,6 +188,8 @@ pub fn main_with(policies: &Policies) -> ExitCode {
         Command::Weight { backend, weight } => {
             tell(&backend, policies, |admin, named| control::weigh(admin, named, weight))
         }
+        Command::Completions { shell } => say(completions(shell, policies).trim_end()),
+        Command::Man { into } => answer(manual(commands(policies), into.as_deref())),
         Command::Key { name } => match new_key() {
             Ok(key) => {
                 let hash = config::KeyHash::of(key.as_bytes());
@@ -206,6 +223,39 @@ fn run(
             invalid(&report)
         }
     }
+}
+
+/// Every command and option there is.
+fn commands(policies: &Policies) -> clap::Command {
+    Cli::command().mut_subcommand("simulate", |c| simulate::with_policies(c, policies))
+}
+
+/// What we were called as: a binary with policies of its own has a name of its own.
+fn program() -> String {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    let name = called.as_deref().and_then(Path::file_name).and_then(|name| name.to_str());
+    name.unwrap_or("plimsoll").to_owned()
+}
+
+fn completions(shell: Shell, policies: &Policies) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut commands(policies), program(), &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+/// The manual page; into `folder`, it and one for each command.
+fn manual(command: clap::Command, folder: Option<&Path>) -> Result<String, String> {
+    let command = command.disable_help_subcommand(true);
+    if let Some(folder) = folder {
+        let written = clap_mangen::generate_to(command, folder);
+        let shown = folder.display();
+        return written
+            .map(|()| format!("the pages are in {shown}"))
+            .map_err(|error| format!("cannot write to `{shown}`: {error}"));
+    }
+    let mut page = Vec::new();
+    Man::new(command).render(&mut page).map_err(|error| error.to_string())?;
+    Ok(String::from_utf8_lossy(&page).trim_end().to_owned())
 }
 
 /// Where the balancer that runs with this configuration can be asked.
