@@ -173,7 +173,7 @@ fn what_the_schema_refuses_is_refused_and_numbers_to_the_last_one() {
     let (mut refused, mut compared) = (0, 0);
     for place in places(&file, "") {
         let is_number = file.pointer(&place).expect("it is there").is_number();
-        for value in odd.iter().chain(&numbers) {
+        for value in odd.iter().chain(if is_number { &numbers[..] } else { &numbers[..2] }) {
             let mut changed = file.clone();
             *changed.pointer_mut(&place).expect("it is there") = value.clone();
             let by_schema = faults(&schema, &changed);

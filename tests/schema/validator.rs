@@ -1,6 +1,9 @@
 //! A validator for as much of JSON schema as our schema uses; a keyword that it does not know makes it panic, so
 //! that none goes unchecked.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use regex::Regex;
 use serde_json::{Map, Value};
 
@@ -30,7 +33,7 @@ fn check(schema: &Value, value: &Value, at: &str, found: &mut Vec<String>) {
             "enum" => list(wanted).contains(value),
             "anyOf" => list(wanted).iter().any(|one| faults(one, value).is_empty()),
             "oneOf" => list(wanted).iter().filter(|one| faults(one, value).is_empty()).count() == 1,
-            "pattern" => value.as_str().is_none_or(|text| pattern(wanted).is_match(text)),
+            "pattern" => value.as_str().is_none_or(|found| is_match(text(wanted), found)),
             "minimum" => value.as_f64().is_none_or(|number| number >= bound(wanted)),
             "maximum" => value.as_f64().is_none_or(|number| number <= bound(wanted)),
             "exclusiveMinimum" => value.as_f64().is_none_or(|number| number > bound(wanted)),
@@ -94,8 +97,16 @@ fn is_a(value: &Value, kind: &str) -> bool {
     }
 }
 
-fn pattern(wanted: &Value) -> Regex {
-    Regex::new(text(wanted)).expect("a pattern")
+thread_local! {
+    /// Patterns that were read before; it takes longer to read one than to apply it.
+    static PATTERNS: RefCell<HashMap<String, Regex>> = RefCell::default();
+}
+
+fn is_match(pattern: &str, found: &str) -> bool {
+    PATTERNS.with_borrow_mut(|patterns| {
+        let known = patterns.entry(pattern.to_owned());
+        known.or_insert_with(|| Regex::new(pattern).expect("a pattern")).is_match(found)
+    })
 }
 
 fn list(wanted: &Value) -> &[Value] {
