@@ -13,7 +13,7 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 
 use crate::observe::verbosity::Verbosity;
 use crate::policy::Policies;
-use crate::{config, control, demo, server, simulate};
+use crate::{config, control, demo, server, simulate, top};
 
 /// The configuration is invalid (`EX_CONFIG` of sysexits.h).
 const EXIT_CONFIG: u8 = 78;
@@ -111,6 +111,8 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         into: Option<PathBuf>,
     },
+    /// Watch the running balancer in the terminal: backends, load, waits, choices; drain and undrain.
+    Top(top::TopOptions),
     /// Make an API key for a client, and what to write of it under `keys`.
     Key {
         /// The client's name in the configuration, in logs and metrics.
@@ -190,6 +192,14 @@ pub fn main_with(policies: &Policies) -> ExitCode {
         }
         Command::Completions { shell } => say(completions(shell, policies).trim_end()),
         Command::Man { into } => answer(manual(commands(policies), into.as_deref())),
+        Command::Top(options) => {
+            match admin(&options.config, policies).map(|a| top::show(&a, options.once)) {
+                Ok(Ok(Some(text))) => say(&text),
+                Ok(Ok(None)) => ExitCode::SUCCESS,
+                Ok(Err(why)) => exit(Err(why)),
+                Err(code) => code,
+            }
+        }
         Command::Key { name } => match new_key() {
             Ok(key) => {
                 let hash = config::KeyHash::of(key.as_bytes());

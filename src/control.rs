@@ -161,8 +161,11 @@ fn row(backend: &Value) -> [String; HEADINGS.len()] {
     ]
 }
 
-/// The body of a good answer, or why there is none.
-fn told(admin: &Admin, method: &str, path: &str) -> Result<String, String> {
+/// Asks the process behind `admin` for `path`: the body of a good answer.
+///
+/// # Errors
+/// What it says instead, or that nobody is there.
+pub fn told(admin: &Admin, method: &str, path: &str) -> Result<String, String> {
     let whom = match &admin.address {
         AdminAddress::Tcp(address) => address.clone(),
         AdminAddress::Unix(socket) => format!("unix:{}", socket.display()),

@@ -45,4 +45,6 @@ pub mod demo;
 pub mod control;
 pub mod simulate;
 
+pub mod top;
+
 pub mod cli;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use source::{Source, item_end};
 
 /// The rooms in the order in which they may import each other; those in one row know nothing of each other.
-const ORDER: [&[&str]; 17] = [
+const ORDER: [&[&str]; 18] = [
     &["clock"],
     &["engine", "prompt"],
     &["policy"],
@@ -28,6 +28,7 @@ const ORDER: [&[&str]; 17] = [
     &["server"],
     &["demo"],
     &["control", "simulate"],
+    &["top"],
     &["cli"],
     &["lib"],
     &["main"],

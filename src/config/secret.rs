@@ -61,6 +61,7 @@ impl Secret {
         match &self.source {
             Source::Env(name) => ("env", name.clone()),
             Source::File(path) => ("file", path.display().to_string()),
+            Source::Credential(name) => ("credential", name.clone()),
         }
     }
 

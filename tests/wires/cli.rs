@@ -32,7 +32,7 @@ fn help_names_every_command_and_succeeds() {
     let output = plimsoll(&["--help"]);
     assert_eq!(output.status.code(), Some(0));
     let help = text(&output.stdout);
-    for command in ["run", "check", "reload", "status", "key", "demo", "engine", "simulate"] {
+    for command in ["run", "check", "reload", "status", "top", "key", "demo", "engine", "simulate"] {
         assert!(
             help.lines().any(|line| line.trim_start().starts_with(command)),
             "{command} is not in\n{help}"
