@@ -6,6 +6,7 @@
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ask {
+    Dashboard,
     Metrics,
     Livez,
     Readyz,
@@ -48,7 +49,9 @@ const fn open(path: &'static str, ask: Ask) -> Endpoint {
 }
 
 /// All of them.
-pub(super) const ENDPOINTS: [Endpoint; 17] = [
+pub(super) const ENDPOINTS: [Endpoint; 19] = [
+    open("/", Ask::Dashboard),
+    open("/dashboard", Ask::Dashboard),
     get("/metrics", Ask::Metrics),
     open("/livez", Ask::Livez),
     open("/readyz", Ask::Readyz),

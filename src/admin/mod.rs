@@ -5,6 +5,7 @@
 //! for kubelets and balancers, and name nothing. All there is: [`endpoints`], and `docs/openapi.yaml` for machines.
 
 mod backends;
+mod dashboard;
 mod endpoints;
 mod explain;
 mod guard;
@@ -25,6 +26,7 @@ use crate::config;
 use crate::observe::metrics::Metrics;
 use crate::observe::verbosity::Verbosity;
 use crate::proxy::{CHOICES_LIMIT, Proxy};
+use dashboard::Dashboard;
 use endpoints::{Ask, Unknown};
 use guard::Guard;
 use query::Query;
@@ -36,6 +38,7 @@ pub struct Admin {
     guard: Guard,
     process: Arc<dyn Process>,
     verbosity: Verbosity,
+    dashboard: Dashboard,
 }
 
 /// What of the process is asked here and decided elsewhere.
@@ -89,7 +92,14 @@ impl Admin {
         process: Arc<dyn Process>,
         verbosity: Verbosity,
     ) -> Self {
-        Self { proxy, metrics, guard: Guard::new(&config.address, config.token.clone()), process, verbosity }
+        Self {
+            proxy,
+            metrics,
+            guard: Guard::new(&config.address, config.token.clone()),
+            process,
+            verbosity,
+            dashboard: Dashboard::new(),
+        }
     }
 
     /// Whether the request may have an answer; if not, what it gets.
@@ -107,6 +117,7 @@ impl Admin {
     async fn answer(&self, ask: Ask, session: &mut ServerSession, may_ask: bool) -> Result<Answer, Flaw> {
         let query = session.req_header().uri.query();
         Ok(match ask {
+            Ask::Dashboard => self.dashboard.page(),
             Ask::Metrics => answer(StatusCode::OK, "text/plain; version=0.0.4", self.exposition()),
             Ask::Livez => text(StatusCode::OK, "ok\n"),
             Ask::Readyz => self.readiness(may_ask),

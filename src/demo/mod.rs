@@ -121,6 +121,7 @@ async fn show(options: &DemoOptions, engines: &[SocketAddr]) -> io::Result<()> {
         // The balancer before goes first: it must not probe engines that are being measured under another.
         drop(last.take());
         let balancer = Balancer::start(&directory, policy, engines, MODEL).await?;
+        screen.say(&format!("{policy}, in a browser while it runs: http://{}/", balancer.admin()))?;
         for engine in engines {
             client::send(*engine, "POST", "/reset_prefix_cache", "").await?;
         }
@@ -217,7 +218,7 @@ fn invitation(balancer: &Balancer, engines: &[SocketAddr]) -> String {
          curl -i http://{proxy}/v1/chat/completions {json} -d {}\n\
          curl -N http://{proxy}/v1/chat/completions {json} -d {}\n\
          curl http://{proxy}/v1/models\n\
-         curl http://{admin}/metrics\n\
+         curl http://{admin}/metrics     # and http://{admin}/ in a browser\n\
          curl http://{engine}/metrics\n",
         body(""),
         body(r#","stream":true"#)

@@ -45,7 +45,7 @@ async fn with_a_token_only_liveness_and_readiness_are_for_everybody() {
         Some(format!("Bearer {TOKEN}{TOKEN}")),
         Some(format!("Bearer {}", TOKEN.to_uppercase())),
     ] {
-        for path in ["/metrics", "/status", "/", "/nothing", "/livez/", "/metrics?/livez"] {
+        for path in ["/metrics", "/status", "/choices", "/nothing", "/livez/", "/metrics?/livez"] {
             let answer = ask(path, wrong.clone()).await;
             assert_eq!(answer.status, 401, "{path} with {wrong:?}: {}", answer.text());
             assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
