@@ -73,7 +73,8 @@ fn every_file_in_conf_is_sound() {
     for file in ["minimal.yaml", "reference.yaml", "from-nginx.yaml"] {
         assert!(files.iter().any(|name| name == file), "{file} is gone");
     }
-    for file in &files {
+    // Alert rules are for Prometheus.
+    for file in files.iter().filter(|file| !file.starts_with("alerts")) {
         let text = std::fs::read_to_string(folder("conf").join(file)).expect("it can be read");
         std::fs::write(scratch.join(file), text.replace(": /etc/plimsoll/", ": ")).expect("a copy");
         let output = check(&scratch, file);

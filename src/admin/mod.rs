@@ -153,6 +153,9 @@ impl Admin {
         self.metrics.forget_states();
         for upstream in self.proxy.upstreams() {
             self.metrics.set_states(&upstream.name, &upstream.states());
+            if let Some(age) = upstream.answer_age() {
+                self.metrics.set_discovery_age(&upstream.name, age);
+            }
         }
         self.metrics.exposition()
     }

@@ -12,7 +12,7 @@ use super::key::KeyHash;
 use super::report::{Flaw, nearest, suggestion};
 use super::strike::Reading;
 use super::tree::Path;
-use super::upstream::{Models, Upstream};
+use super::upstream::{Backend, Models, Upstream};
 use crate::policy::{Policies, PolicyConfig};
 
 /// What Pingora and its parsers read of a URL and of a head whatever we allow, rounded down.
@@ -265,6 +265,7 @@ impl Check<'_> {
             let path = path.key(name);
             self.name(name, &path, "an upstream");
             self.backends(upstream, &path);
+            self.discover(upstream, &path);
             self.own_policy(&mut upstream.policy, path.key("policy"));
             self.policy(upstream, &path.key("policy"));
             self.poll(upstream, &path);
@@ -276,17 +277,46 @@ impl Check<'_> {
 
     fn backends(&mut self, upstream: &Upstream, path: &Path) {
         let list = path.key("backends");
-        if upstream.backends.is_empty() && self.reading.is_intact(&list) {
-            self.empty(path, "backends", "one or more, such as `- 10.0.0.1:8000`");
+        let nobody = upstream.backends.is_empty() && upstream.discover.is_none();
+        if nobody && self.reading.is_intact(&list) && self.reading.is_intact(&path.key("discover")) {
+            self.empty(
+                path,
+                "backends",
+                "one or more, such as `- 10.0.0.1:8000`, or `discover` in its place",
+            );
         }
-        let mut seen = BTreeMap::new();
-        for (index, backend) in upstream.backends.iter().enumerate() {
-            let at = self.reading.item(&list, index);
-            if let Some(first) = seen.get(&backend.address) {
-                let message = format!("backend `{}` is listed twice, first as {first}", backend.address);
-                self.value(at.key("address"), message, "give it a `weight` to send it more");
-            } else {
-                seen.insert(&backend.address, at);
+        self.flaws.extend(listed_twice(&upstream.backends, self.reading, &list));
+    }
+
+    fn discover(&mut self, upstream: &mut Upstream, path: &Path) {
+        let Some(discover) = &mut upstream.discover else { return };
+        let at = path.key("discover");
+        if !upstream.backends.is_empty() {
+            let message =
+                "`discover` beside `backends`: one of them says which backends there are".to_owned();
+            self.key(at.clone(), message, "leave one out; a `file` may list fixed backends too");
+        }
+        let named = [
+            ("dns", discover.dns.is_some()),
+            ("srv", discover.srv.is_some()),
+            ("file", discover.file.is_some()),
+        ];
+        let mut named = named.into_iter().filter(|(_, is_there)| *is_there).map(|(key, _)| key);
+        match (named.next(), named.next()) {
+            (None, _) if self.reading.is_intact(&at) => {
+                self.key(at.clone(), "`discover` without a source".to_owned(), "`dns`, `srv` or `file`");
+            }
+            (Some(first), Some(second)) => {
+                let message = format!("`{second}` beside `{first}`: backends come from one source");
+                self.key(at.key(second), message, "leave one out");
+            }
+            _ => {}
+        }
+        if let Some(file) = &mut discover.file {
+            *file = self.folder.join(&*file);
+            if !discover.servers.is_empty() {
+                let message = "`servers` beside `file`: no name server is asked for a file".to_owned();
+                self.key(at.key("servers"), message, "it goes with `dns` and `srv`");
             }
         }
     }
@@ -397,6 +427,27 @@ impl Check<'_> {
             }
         }
     }
+}
+
+/// Complains of backends that the list at `path` names twice.
+pub(super) fn listed_twice<T>(backends: &[Backend], reading: &Reading<T>, path: &Path) -> Vec<Flaw> {
+    let mut seen = BTreeMap::new();
+    let mut flaws = Vec::new();
+    for (index, backend) in backends.iter().enumerate() {
+        let at = reading.item(path, index);
+        match seen.get(&backend.address) {
+            Some(first) => flaws.push(Flaw {
+                path: at.key("address"),
+                on_key: false,
+                message: format!("backend `{}` is listed twice, first as {first}", backend.address),
+                hint: "give it a `weight` to send it more".to_owned(),
+            }),
+            None => {
+                seen.insert(&backend.address, at);
+            }
+        }
+    }
+    flaws
 }
 
 /// Whether two addresses cannot be listened on at once: the same port of the same host, or of all hosts.

@@ -12,6 +12,7 @@
 
 mod check;
 mod decode;
+pub mod discover;
 pub mod file;
 mod fixed;
 mod hardware;
@@ -33,6 +34,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
+pub use discover::{Discover, NameServer};
 pub use file::{Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
 pub use key::{Key, KeyHash};
 pub use network::Network;
@@ -83,6 +85,25 @@ pub fn parse(name: &str, text: &str, folder: &Path, policies: &Policies) -> Resu
 pub fn load_hardware(path: &Path) -> Result<Hardware, Report> {
     let name = path.display().to_string();
     decode(&name, &read_text(path, &name, "constants of an engine")?, hardware::complete)
+}
+
+/// The text of a file that lists backends, for [`parse_backends`].
+///
+/// # Errors
+/// Why it cannot be read.
+pub fn read_backends(path: &Path) -> Result<String, Report> {
+    read_text(path, &path.display().to_string(), "list of backends")
+}
+
+/// Reads a list of backends, written like those of an upstream, from the `text` of the file at `path`.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn parse_backends(path: &Path, text: &str) -> Result<Vec<Backend>, Report> {
+    decode(&path.display().to_string(), text, |backends: Vec<Backend>, reading| {
+        let flaws = check::listed_twice(&backends, reading, &tree::Path::default());
+        (Some(backends), flaws)
+    })
 }
 
 /// The text of the file at `path`, called `name`, which holds `what`.

@@ -73,6 +73,18 @@ pub(super) fn address(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"title": "address", "type": "string", "pattern": format!("^{ADDRESS}$")})
 }
 
+pub(super) fn service(_: &mut SchemaGenerator) -> Schema {
+    let pattern = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.*$";
+    json_schema!({"title": "name of SRV records", "type": "string", "pattern": pattern})
+}
+
+pub(super) fn name_servers(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "items": {"title": "address of a name server", "type": "string", "pattern": r"^[0-9A-Fa-f:.\[\]]+$"},
+    })
+}
+
 pub(super) fn admin_address(_: &mut SchemaGenerator) -> Schema {
     let pattern = format!("^(unix:.+|{ADDRESS})$");
     json_schema!({"title": "address, or unix:PATH", "type": "string", "pattern": pattern})

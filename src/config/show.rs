@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
+use super::discover::Discover;
 use super::file::{Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
 use super::upstream::{
     Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream,
@@ -190,12 +191,24 @@ fn of_route(route: &Route) -> Map {
         .some("retry", retry.as_ref().map(of_retry))
 }
 
+fn of_discover(discover: &Discover) -> Map {
+    let Discover { dns, srv, file, interval, timeout, servers } = discover;
+    Map::default()
+        .some("dns", dns.as_deref())
+        .some("srv", srv.as_deref())
+        .some("file", file.as_deref().map(path))
+        .some("interval", interval.as_ref().map(span))
+        .put("timeout", span(timeout))
+        .put("servers", list(servers, |server| server.0.to_string()))
+}
+
 fn of_upstream(upstream: &Upstream) -> Map {
     let Upstream {
         engine,
         policy,
         models,
         backends,
+        discover,
         tls,
         api_key,
         timeouts,
@@ -223,7 +236,8 @@ fn of_upstream(upstream: &Upstream) -> Map {
         .put("engine", engine.name())
         .put("policy", of_policy(policy))
         .put("models", of_models(models))
-        .put("backends", list(backends, of_backend))
+        .some("backends", (!backends.is_empty()).then(|| list(backends, of_backend)))
+        .some("discover", discover.as_ref().map(of_discover))
         .some("tls", tls.as_ref().map(of_tls))
         .some("api_key", api_key.as_ref().map(of_secret))
         .put("timeouts", timeouts)

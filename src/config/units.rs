@@ -29,6 +29,13 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dur
     text(deserializer, DURATION, parse_duration)
 }
 
+/// [`duration`], for a key that may be left out.
+pub(super) fn some_duration<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Duration>, D::Error> {
+    duration(deserializer).map(Some)
+}
+
 /// A size in bytes such as `64KiB`.
 pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     text(deserializer, SIZE, parse_size)
@@ -37,6 +44,17 @@ pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
 /// `host:port`, kept as it is written.
 pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     deserializer.deserialize_any(Address)
+}
+
+/// [`address`], for a key that may be left out.
+pub(super) fn some_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    address(deserializer).map(Some)
+}
+
+/// The name of SRV records, for a key that may be left out.
+pub(super) fn some_service<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let parse = |name: &str| name.trim_end_matches('.').split('.').all(is_label).then(|| name.to_owned());
+    text(deserializer, "a name of SRV records such as `_vllm._tcp.engines.internal`", parse).map(Some)
 }
 
 /// `host:port`, or `unix:` and the path of a socket.
@@ -163,9 +181,6 @@ fn address_flaw(text: &str) -> Option<&'static str> {
     if host.contains(':') {
         return Some(": an IPv6 address needs brackets, as in `[::1]:8000`");
     }
-    let is_label = |label: &str| {
-        !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-    };
     if host.is_empty() || host == "*" {
         return Some(": the host is missing (`0.0.0.0` is all of IPv4, `[::]` all of IPv6)");
     }
@@ -174,6 +189,11 @@ fn address_flaw(text: &str) -> Option<&'static str> {
         return Some(": no such host name or IP address can be");
     }
     port_flaw(port)
+}
+
+/// Whether this can stand between the dots of a host name.
+fn is_label(label: &str) -> bool {
+    !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
 fn port_flaw(port: &str) -> Option<&'static str> {

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
+use super::discover::Discover;
 use super::schema;
 use super::secret::Secret;
 use super::units;
@@ -36,9 +37,11 @@ pub struct Upstream {
     /// What the backends serve. Default discover.
     #[schemars(schema_with = "schema::models")]
     pub models: Models,
-    /// Required, at least one.
+    /// Required, at least one; or `discover` in its place.
     #[schemars(length(min = 1))]
     pub backends: Vec<Backend>,
+    /// Who says which backends there are, at any time. Absent: `backends` does.
+    pub discover: Option<Discover>,
     /// TLS to the backends. Absent: plaintext.
     pub tls: Option<BackendTls>,
     /// Sent to the backends as `authorization: Bearer`. Absent: no key is added.
@@ -92,6 +95,7 @@ impl Default for Upstream {
             policy: PolicyConfig::default(),
             models: Models::Discover,
             backends: Vec::new(),
+            discover: None,
             tls: None,
             api_key: None,
             timeouts: Timeouts::default(),

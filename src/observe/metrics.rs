@@ -44,6 +44,8 @@ pub struct Metrics {
     key_tokens: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     process: Process,
+    discoveries: IntCounterVec,
+    discovery_age: GaugeVec,
     /// Bytes of request bodies held in memory.
     pub buffered_body_bytes: IntGauge,
 }
@@ -143,6 +145,20 @@ impl KeyMetrics {
     }
 }
 
+/// The counters of one upstream's source of backends.
+pub struct DiscoveryMetrics([IntCounter; DISCOVERIES.len()]);
+
+impl DiscoveryMetrics {
+    /// Counts an answer with that result, one of `ok`, `empty` and `failed`.
+    pub fn count(&self, result: &str) {
+        let counters = DISCOVERIES.iter().zip(&self.0).filter(|(known, _)| **known == result);
+        counters.for_each(|(_, counter)| counter.inc());
+    }
+}
+
+/// The results of asking a source of backends.
+const DISCOVERIES: [&str; 3] = ["ok", "empty", "failed"];
+
 /// The results of a reload, or an upgrade.
 const RESULTS: [&str; 2] = ["ok", "failed"];
 
@@ -171,6 +187,8 @@ impl Metrics {
         let queued = "Requests waiting for a backend with room.";
         let bodies =
             IntGauge::with_opts(opts("buffered_body_bytes", "Bytes of request bodies held in memory."))?;
+        let age = "Age of the last good answer of an upstream's source of backends, or of the upstream without one.";
+        let discovery_age = GaugeVec::new(opts("discovery_age_seconds", age), &["upstream"])?;
         let failed = "1 if the last reload failed, and the configuration before it runs on.";
         let reload_failed = IntGauge::with_opts(opts("reload_failed", failed))?;
         let expiry = "When a certificate that clients are shown expires, by the file it came from.";
@@ -222,6 +240,13 @@ impl Metrics {
             )?,
             certificate_expiry: gauges(&r, "certificate_expiry_timestamp_seconds", expiry, certificate)?,
             process: Process::new(&r)?,
+            discoveries: counters(
+                &r,
+                "discoveries_total",
+                "Answers of an upstream's source of backends, by result.",
+                &["upstream", "result"],
+            )?,
+            discovery_age: register(&r, discovery_age)?,
             buffered_body_bytes: register(&r, bodies)?,
             registry: r,
         };
@@ -291,6 +316,16 @@ impl Metrics {
         }
     }
 
+    /// The counters of an upstream's source of backends, all present at zero from now on.
+    pub fn discovery(&self, upstream: &str) -> DiscoveryMetrics {
+        DiscoveryMetrics(DISCOVERIES.map(|result| self.discoveries.with_label_values(&[upstream, result])))
+    }
+
+    /// Brings the age of the last good answer of an upstream's source of backends up to date.
+    pub fn set_discovery_age(&self, upstream: &str, age: std::time::Duration) {
+        self.discovery_age.with_label_values(&[upstream]).set(age.as_secs_f64());
+    }
+
     /// The counter of refusals with that code, present from now on.
     pub fn refusal(&self, code: &str) -> IntCounter {
         self.refusals.with_label_values(&[code])
@@ -324,7 +359,8 @@ impl Metrics {
             &g.engine_running,
         ];
         ints.into_iter().for_each(IntGaugeVec::reset);
-        [&g.traffic_share, &g.engine_kv_usage, &g.poll_age].into_iter().for_each(GaugeVec::reset);
+        let floats = [&g.traffic_share, &g.engine_kv_usage, &g.poll_age, &self.discovery_age];
+        floats.into_iter().for_each(GaugeVec::reset);
     }
 
     /// Brings the gauges of an upstream up to date.

@@ -203,8 +203,7 @@ impl ProxyHttp for Proxy {
             Some(charge) => Some(charge),
             None => upstream.assign(&upstream.price(digest, ctx.session), &ctx.tried),
         };
-        let Some((charge, live)) = charge.and_then(|c| upstream.live(&c.address).map(|live| (c, live)))
-        else {
+        let Some((charge, live)) = charge.and_then(|c| c.live.clone().map(|live| (c, live))) else {
             return Error::e_explain(ErrorType::ConnectNoRoute, "no other backend is left")
                 .map_err(|e: BError| e.into_up());
         };

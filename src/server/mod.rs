@@ -203,13 +203,14 @@ struct Ready {
 impl Ready {
     fn new(config: &Config, clock: Clock, predecessor: Option<&mut Predecessor>) -> Result<Self, StartError> {
         let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
-        let plan = Plan::of(config)?;
+        let mut plan = Plan::of(config, &[])?;
         let (inherited, heritage) = match predecessor {
             Some(predecessor) => {
                 (std::mem::take(&mut predecessor.sockets), std::mem::take(&mut predecessor.heritage))
             }
             None => (Socket::from_systemd()?, BTreeMap::new()),
         };
+        plan.inherit(config, &heritage);
         let sockets = Sockets::open(config, inherited)?;
         let generation = plan.generation(config, None, clock, &metrics);
         for upstream in &generation.upstreams {

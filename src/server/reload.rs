@@ -106,11 +106,11 @@ impl Reloader {
     fn apply(&self) -> Result<String, String> {
         let mut running = self.running.lock();
         let config = config::load(&self.file, &self.policies).map_err(|report| report.to_string())?;
-        let plan = Plan::of(&config).map_err(|e| e.to_string())?;
+        let before = self.generations.borrow().clone();
+        let mut plan = Plan::of(&config, &before.upstreams).map_err(|e| e.to_string())?;
         if self.proxy.is_stopping() {
             return Err("the process is about to end".to_owned());
         }
-        let before = self.generations.borrow().clone();
         let generation = plan.generation(&config, Some(&before), self.clock, &self.metrics);
         self.proxy.configure(&config, generation.upstreams.clone());
         self.door.configure(&config, plan.listeners);

@@ -125,13 +125,12 @@ impl Setup {
     pub(super) fn new(options: &SimulateOptions, policies: &Policies) -> Result<Self, Failure> {
         let upstream = options.config.as_deref().map(|path| upstream(path, options, policies)).transpose()?;
         let upstream = upstream.as_ref();
-        let count =
-            upstream.map_or_else(|| usize::from(options.replicas), |upstream| upstream.backends.len());
+        // Backends that are discovered are not in the file.
+        let listed = upstream.map_or(&[][..], |upstream| &upstream.backends);
+        let count = if listed.is_empty() { usize::from(options.replicas) } else { listed.len() };
         let speeds = speeds(options, count)?;
-        let mut weights = upstream.map_or_else(
-            || vec![1; count],
-            |upstream| upstream.backends.iter().map(|backend| backend.weight).collect(),
-        );
+        let mut weights: Vec<u32> = listed.iter().map(|backend| backend.weight).collect();
+        weights.resize(count, 1);
         if options.weighted {
             weights = weighted(&weights, &speeds);
         }

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::Shared;
+use super::{Live, Shared};
 use crate::balance::ledger;
 use crate::policy::{Reason, Slot};
 
@@ -20,6 +20,8 @@ pub struct Charge {
     pub slot: Slot,
     /// Its address.
     pub address: SocketAddr,
+    /// The same, alive: for a second try on a fresh connection too; `None` before it is accepted.
+    pub live: Option<Arc<Live>>,
     /// Why it was chosen.
     pub reason: Reason,
     /// Prompt tokens that it had probably cached.
@@ -34,6 +36,7 @@ impl Charge {
             slot: pick.charge.slot(),
             charge: Some(pick.charge),
             address: pick.address,
+            live: None,
             reason: pick.reason,
             matched_tokens: pick.matched_tokens,
         }

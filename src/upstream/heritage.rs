@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::view::Member;
 use super::{PRICES_LIMIT, Upstream};
 use crate::balance::ledger::Account;
 use crate::prompt::BytesPerToken;
@@ -27,6 +28,20 @@ pub struct Heritage {
     prefixes: BTreeMap<SocketAddr, Vec<Vec<u64>>>,
     /// What an operator has decided of each: that it drains, and a weight in the place of another.
     decisions: BTreeMap<SocketAddr, (bool, Option<[u32; 2]>)>,
+    /// The backends themselves, with weight and host, if they were discovered: who says so may be silent just now.
+    discovered: Vec<(SocketAddr, u32, String)>,
+}
+
+impl Heritage {
+    /// The backends that were discovered there.
+    pub fn members(&self) -> Vec<Member> {
+        let member = |(address, weight, host): &(SocketAddr, u32, String)| Member {
+            address: *address,
+            weight: (*weight).max(1),
+            host: host.clone(),
+        };
+        self.discovered.iter().map(member).collect()
+    }
 }
 
 /// What is in flight on the backends of one upstream.
@@ -39,7 +54,10 @@ impl Upstream {
         let prices = self.shared.prices.read();
         let balancer = self.shared.balancer.lock();
         let addresses = states.iter().map(|state| state.address);
+        let view = self.view();
+        let members = view.members.iter().filter(|_| self.config.discover.is_some());
         Heritage {
+            discovered: members.map(|m| (m.address, m.weight, m.host.clone())).collect(),
             decisions: addresses.map(|address| (address, balancer.decided(&address))).collect(),
             down: states.iter().filter(|state| !state.healthy).map(|state| state.address).collect(),
             prices: prices.iter().map(|(model, price)| (model.clone(), price.ratio())).collect(),

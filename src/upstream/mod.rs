@@ -4,11 +4,13 @@
 //! Pingora's `LoadBalancer` owns membership and health, the [`Balancer`] owns every decision; [`selector`]
 //! joins the two. Requests come in through [`Upstream::admit`] (which may wait) and [`Upstream::assign`]
 //! (which does not), and hold a [`Charge`] for as long as they are in flight. In the background each upstream
-//! is probed ([`probe`]) and polled ([`poller`]).
+//! is probed ([`probe`]) and polled ([`poller`]), and finds its backends if the configuration does not name them
+//! ([`discovery`], [`view`]).
 
 mod charge;
 mod client;
 mod connections;
+mod discovery;
 mod heritage;
 mod models;
 mod operate;
@@ -16,35 +18,35 @@ mod poller;
 mod probe;
 mod queue;
 pub mod selector;
+mod view;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
 use parking_lot::{Mutex, RwLock};
 use pingora::server::ShutdownWatch;
-use pingora_load_balancing::discovery::Static;
-use pingora_load_balancing::{Backend, Backends, LoadBalancer};
+use pingora_load_balancing::Backend;
 
 pub use charge::Charge;
+pub use discovery::{Origin, Source, first_answers, resolve, source};
 pub use heritage::{Heritage, Load};
 pub use models::{Catalog, Serves};
 pub use probe::Probes;
 pub use queue::Refusal;
+pub use view::{Live, Member};
 
-use crate::balance::pulse::Pulse;
 use crate::balance::retry::{self, Failure};
 use crate::balance::{Balancer, Settings, State, Tier, ejection};
-use crate::clock::{Clock, Time};
+use crate::clock::Clock;
 use crate::config;
-use crate::observe::metrics::{BackendMetrics, Metrics, UpstreamMetrics};
+use crate::observe::metrics::{DiscoveryMetrics, Metrics, UpstreamMetrics};
 use crate::policy::{Request, Slot};
 use crate::prompt::{BytesPerToken, Digest};
-use connections::Connections;
 use queue::Queue;
-use selector::{Key, Selector};
+use selector::Key;
+use view::{Maker, View, Views};
 
 /// How many models' prices are remembered, and how long their names may be.
 const PRICES_LIMIT: usize = 1_024;
@@ -63,15 +65,12 @@ pub struct Upstream {
     /// When it is tried again.
     pub retry: Arc<retry::Rule>,
     shared: Arc<Shared>,
-    /// Its backends as they are now, the same under every configuration of it: a request that waits, or is tried again,
-    /// goes to backends that are there.
-    view: Arc<RwLock<Arc<View>>>,
-}
-
-/// The backends of an upstream.
-struct View {
-    balancing: LoadBalancer<Selector>,
-    live: HashMap<SocketAddr, Arc<Live>>,
+    maker: Maker,
+    views: Arc<Views>,
+    /// Which of its configurations this is.
+    reign: u64,
+    /// Who says which backends there are, if the configuration does not.
+    discovery: Option<(Arc<dyn Source>, DiscoveryMetrics)>,
 }
 
 /// What selectors, charges and background tasks of one upstream share, and what stays when its configuration changes.
@@ -85,59 +84,17 @@ pub struct Shared {
     prices: RwLock<HashMap<String, BytesPerToken>>,
 }
 
-/// A backend, as configured and resolved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Member {
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// Its weight, at least 1.
-    pub weight: u32,
-    /// The host it was configured by: a name or an address.
-    pub host: String,
-}
-
-/// The part of a backend that is touched on every read of its answers: no lock, no lookup.
-pub struct Live {
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// Its name in TLS and in the `Host` of our own requests.
-    pub server_name: String,
-    /// Its address, as it is shown.
-    pub label: String,
-    /// Its counters.
-    pub metrics: BackendMetrics,
-    /// Its open connections.
-    pub connections: Arc<Connections>,
-    pulse: Arc<Pulse>,
-}
-
-impl Live {
-    /// The backend has sent bytes.
-    pub fn heard(&self, now: Time) {
-        self.pulse.beat(now);
-    }
-
-    /// How long ago the backend sent a byte; `None` if it never did.
-    fn silence(&self, now: Time) -> Option<Duration> {
-        self.last_heard().map(|last| now.since(last))
-    }
-
-    /// When the backend last sent a byte; `None` if it never did.
-    fn last_heard(&self) -> Option<Time> {
-        self.pulse.last()
-    }
-}
-
 impl Upstream {
-    /// Builds an upstream over these backends. Nothing runs until [`Upstream::run`]. What was known `before`, of the
-    /// upstream of this name, is known to the new one, and both owe the same: from now on, that is by the new rules.
+    /// Builds an upstream over the backends of `origin`. Nothing runs until [`Upstream::run`]. What was known `before`,
+    /// of the upstream of this name, is known to the new one, and both owe the same: from now on, that is by the new
+    /// rules.
     pub fn new(
         name: &str,
         config: config::Upstream,
-        members: &[Member],
+        origin: Origin,
         before: Option<&Self>,
         clock: Clock,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
         probes: &mut Probes,
     ) -> Arc<Self> {
         let authorization = config.api_key.as_ref().map(|key| format!("Bearer {}", key.expose()));
@@ -145,58 +102,110 @@ impl Upstream {
             Some(before) => before.shared.configure(&config, &before.config),
             None => Shared::new(name, &config, clock, metrics),
         };
-        let live = live(name, &config, members, before, &shared, metrics);
-        let registry = probes.registry(&config, authorization.as_deref(), (shared.clone(), live.clone()));
-        let backends = Backends::new_with_health_registry(Static::new(backend_set(members)), registry);
-        let balancing = LoadBalancer::from_backends_with_config(backends, Some(shared.clone()));
-        // A static list is there at once; this publishes it and builds the first selector.
-        if let Some(Err(e)) = balancing.update().now_or_never() {
-            log::error!("upstream without backends upstream={name} error={e}");
-        }
-        let catalog = match before {
-            Some(before) => Catalog::succeed(&config.models, &before.catalog, |a| live.contains_key(a)),
-            None => Catalog::new(&config.models),
+        let maker = Maker {
+            server_name: config.tls.as_ref().and_then(|tls| tls.server_name.clone()),
+            shared: shared.clone(),
+            metrics: metrics.clone(),
+            round: probes.round(&config, authorization.as_deref()),
         };
-        let now = Arc::new(View { balancing, live });
-        let view = match before {
-            Some(before) => {
-                *before.view.write() = now;
-                before.view.clone()
+        let (views, reign) = match before {
+            Some(Self { views, .. }) => {
+                let mut reign = views.reign.lock();
+                *reign += 1;
+                let known = views.now();
+                let members = if origin.members.is_empty() { known.members.clone() } else { origin.members };
+                views.publish(maker.view(members, Some(&known)));
+                (views.clone(), *reign)
             }
-            None => Arc::new(RwLock::new(now)),
+            None => (Views::begin(maker.view(origin.members, None), clock.now()), 0),
         };
+        maker.round.watch(shared.clone(), views.clone());
+        let catalog = Catalog::new(&config.models, before.map(|before| &before.catalog));
+        catalog.keep(|address| views.now().live.contains_key(address));
         Arc::new(Self {
             name: name.to_owned(),
             retry: Arc::new(config.retry.rule()),
+            discovery: origin.source.map(|source| (source, metrics.discovery(name))),
             config,
             authorization,
             catalog,
             shared,
-            view,
+            maker,
+            views,
+            reign,
         })
     }
 
     /// Takes the probes' verdicts for what they are now, once they are published; whoever waits may find room.
     pub fn adopt_health(&self) {
-        let backends = self.view().balancing.backends().get_backend();
-        for backend in backends.iter() {
-            let Some(address) = backend.addr.as_inet() else { continue };
-            let healthy = self.view().balancing.backends().ready(backend);
+        self.adopt(|_| true);
+    }
+
+    /// Takes the probes' verdicts on those backends for what they are now.
+    fn adopt(&self, concerns: impl Fn(&SocketAddr) -> bool) {
+        let view = self.views.now();
+        let backends = view.balancing.backends();
+        for backend in backends.get_backend().iter() {
+            let Some(address) = backend.addr.as_inet().filter(|address| concerns(address)) else { continue };
+            let healthy = backends.ready(backend);
             self.shared.balancer.lock().observe_health(address, healthy, self.shared.clock.now());
         }
         // Another backend, or a larger `max_requests`, is room.
         self.shared.queue.wake();
     }
 
-    fn view(&self) -> Arc<View> {
-        self.view.read().clone()
+    /// From now on its backends are `members`, at least one, in the order of their addresses. Those that are new are
+    /// probed and polled at once, those that are gone get no more requests. After a reload this does nothing: another
+    /// one sees to the backends.
+    fn replace(&self, members: Vec<Member>) {
+        let reign = self.views.reign.lock();
+        if *reign != self.reign {
+            return;
+        }
+        *self.views.answered.lock() = self.shared.clock.now();
+        let before = self.views.now();
+        if members == before.members {
+            return;
+        }
+        let view = self.maker.view(members, Some(&before));
+        let listed =
+            |some: &[&SocketAddr]| some.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let added: Vec<_> = view.live.keys().filter(|address| !before.live.contains_key(address)).collect();
+        let removed: Vec<_> = before.live.keys().filter(|address| !view.live.contains_key(address)).collect();
+        let (name, count) = (&self.name, view.members.len());
+        let (added, removed) = (listed(&added), listed(&removed));
+        log::info!("backends changed upstream={name} added={added} removed={removed} backends={count}");
+        self.views.publish(view);
+        drop(reign);
+        // What is known of those that stay is right already.
+        self.adopt(|address| !before.live.contains_key(address));
+        self.catalog.keep(|address| self.views.now().live.contains_key(address));
+        self.maker.round.hurry();
     }
 
-    /// Polls the backends until `shutdown`.
+    fn view(&self) -> Arc<View> {
+        self.views.now()
+    }
+
+    /// How long ago its source of backends gave a good answer, or was asked for the first time; `None` without one.
+    pub fn answer_age(&self) -> Option<Duration> {
+        let answered = *self.views.answered.lock();
+        self.discovery.as_ref().map(|_| self.shared.clock.now().since(answered))
+    }
+
+    /// Who says which backends there are.
+    pub fn source(&self) -> Option<Arc<dyn Source>> {
+        self.discovery.as_ref().map(|(source, _)| source.clone())
+    }
+
+    /// Polls the backends until `shutdown`, and keeps them as their source says.
     pub async fn run(&self, shutdown: ShutdownWatch) {
-        let view = self.view();
-        let polls = view.live.values().map(|live| poller::run(self, live, shutdown.clone()));
-        futures::future::join_all(polls).await;
+        let discover = async {
+            if let Some((source, metrics)) = &self.discovery {
+                discovery::run(self, source.as_ref(), metrics).await;
+            }
+        };
+        futures::join!(discover, poller::run(self, shutdown));
     }
 
     /// What the balancer needs to know of a request for `digest`.
@@ -251,16 +260,20 @@ impl Upstream {
     pub fn assign(&self, request: &Request<'_>, tried: &[Slot]) -> Option<Charge> {
         let key = Key::new(request, tried);
         let accept = |backend: &Backend, ready| ready || selector::is_last_resort(backend);
-        let view = self.view();
-        let backend = view.balancing.select_with(key.as_bytes(), view.live.len(), accept)?;
-        let charge = selector::charge_of(&backend)?;
-        self.shared.metrics.chose(charge.reason);
-        Some(charge)
-    }
-
-    /// The backend at `address`, as long as it is a member.
-    pub fn live(&self, address: &SocketAddr) -> Option<Arc<Live>> {
-        self.view().live.get(address).cloned()
+        loop {
+            let view = self.view();
+            let chosen = view.balancing.select_with(key.as_bytes(), view.live.len(), accept);
+            if let Some(mut charge) = chosen.as_ref().and_then(selector::charge_of) {
+                // It may leave before the request gets there, and is chosen all the same.
+                charge.live = view.live.get(&charge.address).cloned();
+                self.shared.metrics.chose(charge.reason);
+                return Some(charge);
+            }
+            // Nobody, or only nobody of a view that has been replaced meanwhile.
+            if Arc::ptr_eq(&view, &self.view()) {
+                return None;
+            }
+        }
     }
 
     /// The backend gave a good answer.
@@ -389,208 +402,5 @@ fn settings(config: &config::Upstream) -> Settings {
     }
 }
 
-fn live(
-    upstream: &str,
-    config: &config::Upstream,
-    members: &[Member],
-    before: Option<&Upstream>,
-    shared: &Shared,
-    metrics: &Metrics,
-) -> HashMap<SocketAddr, Arc<Live>> {
-    let named = config.tls.as_ref().and_then(|tls| tls.server_name.clone());
-    let live = |member: &Member| {
-        let label = member.address.to_string();
-        let live = Live {
-            address: member.address,
-            server_name: named.clone().unwrap_or_else(|| member.host.clone()),
-            metrics: metrics.backend(upstream, &label),
-            label,
-            connections: before
-                .and_then(|before| before.live(&member.address))
-                .map_or_else(Arc::default, |live| live.connections.clone()),
-            pulse: shared.balancer.lock().pulse(member.address),
-        };
-        (member.address, Arc::new(live))
-    };
-    members.iter().map(live).collect()
-}
-
-fn backend_set(members: &[Member]) -> BTreeSet<Backend> {
-    members
-        .iter()
-        .map(|member| Backend {
-            addr: pingora::protocols::l4::socket::SocketAddr::Inet(member.address),
-            weight: member.weight as usize,
-            ext: http::Extensions::new(),
-        })
-        .collect()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::balance::ledger::Account;
-    use crate::policy::{PolicyConfig, Reason};
-
-    fn upstream(backends: u8, configure: impl FnOnce(&mut config::Upstream)) -> Arc<Upstream> {
-        let mut config = config::Upstream::default();
-        configure(&mut config);
-        let (metrics, mut probes) = (Metrics::new().unwrap(), Probes::default());
-        Upstream::new("llama", config, &members(backends), None, Clock::start(), &metrics, &mut probes)
-    }
-
-    fn members(backends: u8) -> Vec<Member> {
-        let member =
-            |n| Member { address: SocketAddr::from(([10, 0, 0, n], 8000)), weight: 1, host: String::new() };
-        (1..=backends).map(member).collect()
-    }
-
-    fn request() -> Request<'static> {
-        Request { prompt_tokens: 100, blocks: &[], block_tokens: 128.0, session: None }
-    }
-
-    fn at_rest(upstream: &Upstream) -> bool {
-        upstream.states().iter().all(|state| state.account == Account::default())
-    }
-
-    fn succeed(
-        before: &Upstream,
-        backends: u8,
-        configure: impl FnOnce(&mut config::Upstream),
-    ) -> Arc<Upstream> {
-        let mut config = before.config.clone();
-        configure(&mut config);
-        let (metrics, mut probes) = (Metrics::new().unwrap(), Probes::default());
-        Upstream::new(
-            "llama",
-            config,
-            &members(backends),
-            Some(before),
-            Clock::start(),
-            &metrics,
-            &mut probes,
-        )
-    }
-
-    #[test]
-    fn a_new_configuration_finds_what_its_backends_owe_and_the_old_one_settles_it() {
-        let before = upstream(2, |_| {});
-        let held = before.assign(&Request { blocks: &[1, 2], ..request() }, &[]).unwrap();
-        let after = succeed(&before, 3, |config| config.policy = PolicyConfig::LeastConnections);
-        let owed = |address| after.states().iter().find(|s| s.address == address).map(|s| s.account);
-        assert_eq!(owed(held.address).unwrap().active_requests, 1);
-        assert_eq!(after.states().len(), 3);
-        let cached: usize = after.states().iter().map(|state| state.prefix_blocks).sum();
-        assert_eq!(cached, 2, "what it has cached is not forgotten");
-        let next = after.assign(&request(), &[]).unwrap();
-        assert_ne!(next.address, held.address, "the new policy counts what the old one sent");
-        drop((held, next));
-        assert!(at_rest(&after) && at_rest(&before));
-    }
-
-    #[tokio::test]
-    async fn more_room_in_a_new_configuration_lets_the_first_in_line_go() {
-        let before = upstream(1, |config| config.max_requests = Some(1));
-        let held = before.assign(&request(), &[]).unwrap();
-        let request = request();
-        let mut waiting = std::pin::pin!(before.admit(&request));
-        assert!((&mut waiting).now_or_never().is_none());
-        succeed(&before, 1, |config| config.max_requests = Some(2)).adopt_health();
-        assert!(waiting.await.unwrap().is_some());
-        drop(held);
-        assert!(at_rest(&before));
-    }
-
-    #[test]
-    fn a_backend_that_was_down_is_down_no_longer_than_somebody_probes_it() {
-        let before = upstream(1, |_| {});
-        before.shared.observe_health(&members(1)[0].address, false);
-        assert!(!before.is_available());
-        let after = succeed(&before, 1, |config| config.probe = None);
-        after.adopt_health();
-        assert!(after.is_available());
-    }
-
-    #[test]
-    fn an_assignment_is_charged_until_it_is_dropped() {
-        let upstream = upstream(2, |_| {});
-        let mut first = upstream.assign(&request(), &[]).unwrap();
-        let second = upstream.assign(&request(), &[]).unwrap();
-        assert_ne!(first.address, second.address);
-        let pending =
-            |upstream: &Upstream| upstream.states().iter().map(|s| s.account.pending_tokens).sum::<u64>();
-        assert_eq!(pending(&upstream), 200);
-        first.answer();
-        assert_eq!(pending(&upstream), 100);
-        drop((first, second));
-        assert!(at_rest(&upstream));
-    }
-
-    #[test]
-    fn a_backend_that_was_tried_is_not_assigned_again() {
-        let upstream = upstream(2, |_| {});
-        let first = upstream.assign(&request(), &[]).unwrap();
-        let second = upstream.assign(&request(), &[first.slot]).unwrap();
-        assert_ne!(first.address, second.address);
-        assert!(upstream.assign(&request(), &[first.slot, second.slot]).is_none());
-        assert_eq!(upstream.tier(&[first.slot]), Some(Tier::Available));
-        assert_eq!(upstream.tier(&[first.slot, second.slot]), None);
-    }
-
-    #[test]
-    fn a_backend_that_is_down_is_assigned_only_as_a_last_resort() {
-        let upstream = upstream(2, |_| {});
-        let [down, up] = [1, 2].map(|n| SocketAddr::from(([10, 0, 0, n], 8000)));
-        upstream.shared.observe_health(&down, false);
-        let first = upstream.assign(&request(), &[]).unwrap();
-        assert_eq!((first.address, first.reason), (up, Reason::Only));
-        let second = upstream.assign(&request(), &[first.slot]).unwrap();
-        assert_eq!((second.address, second.reason), (down, Reason::LastResort));
-        drop((first, second));
-        assert!(at_rest(&upstream));
-    }
-
-    #[tokio::test]
-    async fn a_request_waits_for_the_backend_that_is_full_and_not_for_the_one_that_is_down() {
-        let upstream = upstream(2, |config| config.max_requests = Some(1));
-        upstream.shared.observe_health(&SocketAddr::from(([10, 0, 0, 1], 8000)), false);
-        let first = upstream.admit(&request()).await.unwrap().unwrap();
-        let waiting = upstream.clone();
-        let second = tokio::spawn(async move { waiting.admit(&request()).await.unwrap().map(|c| c.address) });
-        while upstream.shared.queue.is_empty() {
-            tokio::task::yield_now().await;
-        }
-        let address = first.address;
-        drop(first);
-        assert_eq!(second.await.unwrap(), Some(address));
-    }
-
-    #[tokio::test]
-    async fn a_request_waits_for_room_and_is_admitted_when_another_ends() {
-        let upstream = upstream(1, |config| config.max_requests = Some(1));
-        let first = upstream.admit(&request()).await.unwrap().unwrap();
-        let waiting = upstream.clone();
-        let second = tokio::spawn(async move { waiting.admit(&request()).await.unwrap().is_some() });
-        while upstream.shared.queue.is_empty() {
-            tokio::task::yield_now().await;
-        }
-        drop(first);
-        assert!(second.await.unwrap());
-        assert!(at_rest(&upstream));
-    }
-
-    #[test]
-    fn a_price_is_learned_per_model() {
-        let upstream = upstream(1, |config| config.models = config::Models::List(vec!["m".to_owned()]));
-        let digest = crate::prompt::digest(
-            crate::prompt::Endpoint::Completions,
-            br#"{"model": "m", "prompt": "0123456789012345678901234567890123456789"}"#,
-        );
-        assert_eq!(upstream.price(&digest, None).prompt_tokens, 10);
-        let long = Digest { prompt_bytes: 8_000, ..digest.clone() };
-        for _ in 0..500 {
-            upstream.learn(&long, 1_000);
-        }
-        assert!((5..=6).contains(&upstream.price(&digest, None).prompt_tokens));
-    }
-}
+mod tests;

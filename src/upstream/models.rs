@@ -40,20 +40,19 @@ pub enum Serves {
 }
 
 impl Catalog {
-    /// The catalog that the configuration describes.
-    pub fn new(models: &config::Models) -> Self {
-        Self { configured: models.clone(), learned: RwLock::new(BTreeMap::new()) }
+    /// The catalog that the configuration describes; what was learned `before` is known.
+    pub fn new(models: &config::Models, before: Option<&Self>) -> Self {
+        let learned = before.map_or_else(BTreeMap::new, |before| before.learned.read().clone());
+        Self { configured: models.clone(), learned: RwLock::new(learned) }
     }
 
-    /// The same for an upstream that was there `before`: of backends that are still there it knows what they said.
-    pub(super) fn succeed(
-        models: &config::Models,
-        before: &Self,
-        is_member: impl Fn(&SocketAddr) -> bool,
-    ) -> Self {
-        let mut learned = before.learned.read().clone();
-        learned.retain(|address, _| is_member(address));
-        Self { configured: models.clone(), learned: RwLock::new(learned) }
+    /// Forgets what backends said that are members no longer; but not the last word of all: when every backend has been
+    /// replaced by another, it holds until one of the new ones has spoken.
+    pub(super) fn keep(&self, is_member: impl Fn(&SocketAddr) -> bool) {
+        let mut learned = self.learned.write();
+        if learned.keys().any(&is_member) {
+            learned.retain(|address, _| is_member(address));
+        }
     }
 
     /// Whether backends have to be asked.
@@ -140,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_model_is_unknown_until_a_backend_has_spoken_and_known_after_it_died() {
-        let catalog = Catalog::new(&config::Models::Discover);
+        let catalog = Catalog::new(&config::Models::Discover, None);
         assert_eq!(catalog.serves("a"), Serves::Unknown);
         assert!(catalog.learn(address(1), br#"{"object":"list","data":[{"id":"a","x":1},{"id":"b"}]}"#));
         assert_eq!((catalog.serves("a"), catalog.serves("c")), (Serves::Yes, Serves::No));
@@ -153,11 +152,29 @@ mod tests {
     }
 
     #[test]
+    fn what_the_backends_said_holds_until_one_of_those_in_their_place_has_spoken() {
+        let catalog = Catalog::new(&config::Models::Discover, None);
+        let says = |n: u8, model: &str| {
+            assert!(catalog.learn(address(n), format!(r#"{{"data":[{{"id":"{model}"}}]}}"#).as_bytes()));
+        };
+        says(1, "a");
+        says(2, "b");
+        catalog.keep(|known| *known == address(2));
+        assert_eq!((catalog.serves("a"), catalog.serves("b")), (Serves::No, Serves::Yes));
+        let replaced = |known: &SocketAddr| *known == address(3);
+        catalog.keep(replaced);
+        assert_eq!(catalog.serves("b"), Serves::Yes, "nobody has said otherwise");
+        says(3, "c");
+        catalog.keep(replaced);
+        assert_eq!((catalog.serves("b"), catalog.serves("c")), (Serves::No, Serves::Yes));
+    }
+
+    #[test]
     fn configured_models_are_taken_at_their_word() {
-        let list = Catalog::new(&config::Models::List(vec!["a\"b".to_owned()]));
+        let list = Catalog::new(&config::Models::List(vec!["a\"b".to_owned()]), None);
         assert_eq!((list.serves("a\"b"), list.serves("x")), (Serves::Yes, Serves::No));
         let entry: serde_json::Value = serde_json::from_str(&list.models()[0].json).unwrap();
         assert_eq!(entry["id"], "a\"b");
-        assert_eq!(Catalog::new(&config::Models::Any).serves("x"), Serves::Yes);
+        assert_eq!(Catalog::new(&config::Models::Any, None).serves("x"), Serves::Yes);
     }
 }

@@ -3,8 +3,9 @@
 //! Decided in `balance/drain.rs`; here it is told and logged, and whoever waits may find room.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
-use super::Upstream;
+use super::{Live, Upstream};
 use crate::balance::{Explained, NoPick, State};
 use crate::policy::Request;
 
@@ -53,6 +54,11 @@ impl Upstream {
     /// Whether all backends are being drained, so that nobody need wait for room.
     pub(super) fn is_drained(&self) -> bool {
         self.shared.balancer.lock().tier(&[], self.shared.clock.now()) == Err(NoPick::Drained)
+    }
+
+    /// The backend at `address`, as long as it is one of this upstream's.
+    pub fn live(&self, address: &SocketAddr) -> Option<Arc<Live>> {
+        self.view().live.get(address).cloned()
     }
 
     /// Requests that wait for room.

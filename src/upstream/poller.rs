@@ -5,8 +5,14 @@
 //! research/routing.md s.0): they bound the prefix index, reveal restarts, guard and correct
 //! ([`crate::balance::gauge`]), and are shown with their age. A failed poll keeps what was known.
 
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::future::{AbortHandle, abortable};
+use futures::stream::FuturesUnordered;
 use pingora::server::ShutdownWatch;
 
 use super::client::Client;
@@ -28,8 +34,44 @@ const MODELS_TIMEOUT: Duration = Duration::from_secs(5);
 /// llama.cpp notices that a client has left only when nobody asked it anything for a whole second.
 const JITTER: f64 = 0.2;
 
+/// Polls the backends of `upstream` until shutdown: those that there are, as they come and go.
+pub(super) async fn run(upstream: &Upstream, shutdown: ShutdownWatch) {
+    let mut views = upstream.views.subscribe();
+    let mut polls = FuturesUnordered::new();
+    let mut polled: HashMap<SocketAddr, (Arc<Live>, AbortHandle)> = HashMap::new();
+    loop {
+        let live = views.borrow_and_update().live.clone();
+        polled.retain(|address, (before, poll)| {
+            let stays = live.get(address).is_some_and(|now| Arc::ptr_eq(now, before));
+            if !stays {
+                poll.abort();
+            }
+            stays
+        });
+        for (address, live) in live {
+            polled.entry(address).or_insert_with(|| {
+                let (shutdown, backend) = (shutdown.clone(), live.clone());
+                let (poll, handle) = abortable(async move { poll(upstream, &backend, shutdown).await });
+                polls.push(poll);
+                (live, handle)
+            });
+        }
+        let changed = async {
+            loop {
+                tokio::select! {
+                    changed = views.changed() => return changed.is_ok(),
+                    Some(_ended) = polls.next() => {}
+                }
+            }
+        };
+        if !changed.await {
+            return;
+        }
+    }
+}
+
 /// Polls one backend until shutdown.
-pub(super) async fn run(upstream: &Upstream, live: &Live, mut shutdown: ShutdownWatch) {
+async fn poll(upstream: &Upstream, live: &Live, mut shutdown: ShutdownWatch) {
     let client = Client::new(&upstream.config, upstream.authorization.clone());
     tokio::select! {
         _ = async {
@@ -84,7 +126,10 @@ async fn models(upstream: &Upstream, client: &Client, live: &Live) {
     let timeout = upstream.config.poll.as_ref().map_or(MODELS_TIMEOUT, |poll| poll.timeout);
     loop {
         let interval = match client.get(live, "/v1/models", timeout).await {
-            Ok((200, body)) if upstream.catalog.learn(live.address, &body) => MODELS_INTERVAL,
+            Ok((200, body)) if upstream.catalog.learn(live.address, &body) => {
+                upstream.catalog.keep(|address| upstream.view().live.contains_key(address));
+                MODELS_INTERVAL
+            }
             _ if upstream.catalog.knows(&live.address) => MODELS_INTERVAL,
             _ => MODELS_RETRY,
         };

@@ -8,24 +8,28 @@
 //! refused `down_after` times in a row, and no stream has brought a byte for `timeout` meanwhile, the streams are
 //! ended (`balance/pulse.rs`).
 //!
-//! Scheduling and thresholds are those of Pingora's `HealthCheckService`: all backends of a registry are
-//! probed in parallel, each with a jitter of its own, and a round ends with its slowest probe. Upstreams that
-//! probe in the same way share one registry, keyed by address, so that an engine which serves several of them
-//! is probed once and is up or down for all.
+//! Thresholds are those of Pingora's registries of health: all backends of one are probed in parallel, each with a
+//! jitter of its own, and a round ends with its slowest probe. Backends that join do not wait for the interval: the
+//! next round begins when the present one has ended. No round is cut short, or backends that come and go faster than
+//! probes are answered would keep us from ever knowing. Upstreams that probe in the same way share one registry, keyed
+//! by address, so that an engine which serves several of them is probed once and is up or down for all.
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::{Mutex, RwLock};
 use pingora::server::ShutdownWatch;
 use pingora::{Error, ErrorType};
 use pingora_load_balancing::health_check::HealthCheck;
-use pingora_load_balancing::{Backend, HealthCheckService, HealthRegistry};
+use pingora_load_balancing::{Backend, HealthRegistry};
+use tokio::sync::Notify;
 
 use super::client::{Client, NoAnswer};
+use super::view::Views;
 use super::{Heritage, Live, Shared};
 use crate::balance::pulse::Refusals;
 use crate::config;
@@ -42,11 +46,48 @@ pub struct Probes {
 /// One registry, and those who look at it.
 struct Probed {
     settings: Settings,
-    registry: Arc<HealthRegistry>,
+    round: Round,
     watchers: Watchers,
     found: Found,
-    /// Those who will, once [`Probes::publish`] is called.
-    coming: Vec<Watcher>,
+}
+
+/// A registry, as those see it whose backends are probed there.
+#[derive(Clone)]
+pub(super) struct Round {
+    pub(super) registry: Arc<HealthRegistry>,
+    /// Those who will look at it, once [`Probes::publish`] is called.
+    coming: Arc<Mutex<Vec<Watcher>>>,
+    joined: Arc<Notify>,
+}
+
+impl Round {
+    fn new() -> Self {
+        let registry = Arc::new(HealthRegistry::with_equivalence(by_address));
+        Self { registry, coming: Arc::default(), joined: Arc::default() }
+    }
+
+    /// From the next [`Probes::publish`] on, an upstream and its backends hear of the probes.
+    pub(super) fn watch(&self, shared: Arc<Shared>, views: Arc<Views>) {
+        self.coming.lock().push((shared, views));
+    }
+
+    /// Backends have joined: they are probed at once.
+    pub(super) fn hurry(&self) {
+        self.joined.notify_one();
+    }
+
+    /// Probes at every `interval`, and when backends join.
+    async fn run(&self, interval: Duration) {
+        loop {
+            let pause = async {
+                tokio::select! {
+                    () = tokio::time::sleep(interval) => {}
+                    () = self.joined.notified() => {}
+                }
+            };
+            futures::join!(self.registry.run_health_check(true), pause);
+        }
+    }
 }
 
 /// A way of probing.
@@ -65,62 +106,48 @@ type Watchers = Arc<RwLock<Vec<Watcher>>>;
 type Found = Arc<RwLock<Option<BTreeSet<SocketAddr>>>>;
 
 /// An upstream and its backends.
-type Watcher = (Arc<Shared>, HashMap<SocketAddr, Arc<Live>>);
+type Watcher = (Arc<Shared>, Arc<Views>);
 
 impl Probes {
     /// The same ways of probing, with what they have found, for the upstreams of a new configuration.
     pub fn successor(&self) -> Self {
         let registries = self.registries.iter().map(|probed| Probed {
             settings: probed.settings.clone(),
-            registry: probed.registry.clone(),
+            round: probed.round.clone(),
             watchers: probed.watchers.clone(),
             found: probed.found.clone(),
-            coming: Vec::new(),
         });
         Self { registries: registries.collect() }
     }
 
-    /// The registry in which an upstream's backends are probed as `config` says, or not at all.
-    pub(super) fn registry(
-        &mut self,
-        config: &config::Upstream,
-        authorization: Option<&str>,
-        watcher: Watcher,
-    ) -> Arc<HealthRegistry> {
-        let registry = || Arc::new(HealthRegistry::with_equivalence(by_address));
-        let (Some(probe), Some(path)) = (&config.probe, config.probe_path()) else { return registry() };
+    /// Where an upstream's backends are probed as `config` says, or not at all.
+    pub(super) fn round(&mut self, config: &config::Upstream, authorization: Option<&str>) -> Round {
+        let (Some(probe), Some(path)) = (&config.probe, config.probe_path()) else { return Round::new() };
         let settings = Settings {
             probe: probe.clone(),
             path: path.to_owned(),
             tls: config.tls.clone(),
             authorization: authorization.map(str::to_owned),
         };
-        if let Some(known) = self.registries.iter_mut().find(|known| known.settings == settings) {
-            known.coming.push(watcher);
-            return known.registry.clone();
+        if let Some(known) = self.registries.iter().find(|known| known.settings == settings) {
+            return known.round.clone();
         }
-        let (registry, watchers, found) = (registry(), Watchers::default(), Found::default());
-        registry.set_health_check(Box::new(Probe {
+        let (round, watchers, found) = (Round::new(), Watchers::default(), Found::default());
+        round.registry.set_health_check(Box::new(Probe {
             client: Client::new(config, settings.authorization.clone()),
             settings: settings.clone(),
             watchers: watchers.clone(),
             found: found.clone(),
             refusals: Mutex::default(),
         }));
-        self.registries.push(Probed {
-            settings,
-            registry: registry.clone(),
-            watchers,
-            found,
-            coming: vec![watcher],
-        });
-        registry
+        self.registries.push(Probed { settings, round: round.clone(), watchers, found });
+        round
     }
 
     /// From now on the upstreams that asked for a registry look at it, and no others.
     pub fn publish(&mut self) {
         for probed in &mut self.registries {
-            *probed.watchers.write() = std::mem::take(&mut probed.coming);
+            *probed.watchers.write() = std::mem::take(&mut *probed.round.coming.lock());
         }
         self.registries.retain(|probed| !probed.watchers.read().is_empty());
     }
@@ -131,25 +158,19 @@ impl Probes {
         for probed in &self.registries {
             *probed.found.write() = Some(down.clone());
             for _ in 0..probed.settings.probe.down_after {
-                probed.registry.run_health_check(true).await;
+                probed.round.registry.run_health_check(true).await;
             }
             *probed.found.write() = None;
         }
     }
 
     /// Probes until `shutdown`.
-    pub async fn run(&self, shutdown: ShutdownWatch) {
-        let services: Vec<_> = self
-            .registries
-            .iter()
-            .map(|probed| {
-                let mut service = HealthCheckService::new(probed.registry.clone());
-                service.health_check_frequency = Some(probed.settings.probe.interval);
-                service.parallel_health_check = true;
-                service
-            })
-            .collect();
-        futures::future::join_all(services.iter().map(|service| service.run(shutdown.clone(), None))).await;
+    pub async fn run(&self, mut shutdown: ShutdownWatch) {
+        let rounds = self.registries.iter().map(|probed| probed.round.run(probed.settings.probe.interval));
+        tokio::select! {
+            _ = futures::future::join_all(rounds) => {}
+            _ = shutdown.changed() => {}
+        }
     }
 }
 
@@ -177,7 +198,7 @@ impl Probe {
     /// The backend at `address`, as each upstream that has it sees it.
     fn watched(&self, address: &SocketAddr) -> Vec<(Arc<Shared>, Arc<Live>)> {
         let watchers = self.watchers.read();
-        let of = |(shared, live): &Watcher| Some((shared.clone(), live.get(address)?.clone()));
+        let of = |(shared, views): &Watcher| Some((shared.clone(), views.now().live.get(address)?.clone()));
         watchers.iter().filter_map(of).collect()
     }
 

@@ -21,6 +21,8 @@ mod connections;
 #[cfg(test)]
 mod credentials;
 #[cfg(test)]
+mod discovery;
+#[cfg(test)]
 mod failures;
 #[cfg(test)]
 mod forwarding;

@@ -236,6 +236,14 @@ impl Engine {
         Self::start(|_| Answer::json(200, r#"{"object":"chat.completion","choices":[]}"#))
     }
 
+    /// Such an engine on the same port of `127.0.0.host`, another address of this machine.
+    pub fn beside(&self, host: u8) -> Self {
+        let mut engine = Self::dead(|_| Answer::json(200, r#"{"object":"chat.completion","choices":[]}"#));
+        engine.port = self.port.beside(host);
+        engine.revive();
+        engine
+    }
+
     /// An engine that sends the events of `texts` as a stream of content deltas.
     pub fn streaming(texts: &'static [&'static str]) -> Self {
         Self::start(move |_| {

@@ -6,6 +6,7 @@
 //! failure with a name.
 
 pub mod client;
+pub mod dns;
 pub mod engine;
 pub mod frames;
 pub mod http1;

@@ -21,6 +21,14 @@ impl Port {
         Self { address: held.local_addr().expect("a bound socket has an address"), _held: held }
     }
 
+    /// The same port of `127.0.0.host`, another address of this machine.
+    pub fn beside(&self, host: u8) -> Self {
+        let held = reusable();
+        let address = SocketAddr::from(([127, 0, 0, host], self.address.port()));
+        held.bind(address).expect("nobody else listens on other addresses of ours");
+        Self { address, _held: held }
+    }
+
     /// Where it is.
     pub fn address(&self) -> SocketAddr {
         self.address
