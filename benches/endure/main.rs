@@ -1,7 +1,7 @@
 //! Nothing is lost and nothing leaks: the real binary under clients that leave, engines that die, and a million
 //! requests.
 //!
-//! `cargo bench --bench endure -- soak|aborts|failures|drips|all` runs the binary as a process of its own between
+//! `cargo bench --bench endure -- soak|aborts|failures|drips|handovers|all` runs the binary as a process of its own between
 //! clients and engines of this one, and says PASS or FAIL of each promise; the exit code is 1 if one is broken. What
 //! is drawn at random is drawn from `--seed` and the number of the request, so that a failing request can be asked
 //! again.
@@ -11,6 +11,7 @@ pub mod client;
 pub mod drips;
 pub mod engine;
 pub mod failures;
+pub mod handovers;
 pub mod proxy;
 #[path = "../replay/scrape.rs"]
 pub mod scrape;
@@ -63,6 +64,8 @@ enum What {
     Failures,
     /// Thousands of clients that send a byte per second.
     Drips,
+    /// A hundred reloads and ten upgrades under load, and how soon a process ends.
+    Handovers,
     /// All of them.
     All,
 }
@@ -98,6 +101,9 @@ fn run(options: &Options) -> io::Result<usize> {
         }
         if asked(What::Drips) {
             drips::run(options.clients, folder, findings).await?;
+        }
+        if asked(What::Handovers) {
+            handovers::run(folder, findings).await?;
         }
         if asked(What::Soak) {
             soak::run(options.requests, options.seed, folder, findings).await?;

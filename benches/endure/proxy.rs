@@ -71,22 +71,24 @@ pub struct Proxy {
     pub address: SocketAddr,
     /// Where its metrics are.
     pub admin: SocketAddr,
+    file: PathBuf,
     log: Arc<Mutex<Log>>,
+    /// Those that have taken its place.
+    successors: Mutex<Vec<u32>>,
 }
 
 impl Proxy {
     /// Starts it with these upstreams, as YAML below `upstreams:`, and waits until it answers.
     pub async fn start(folder: &Path, upstreams: &str) -> io::Result<Self> {
+        Self::start_from(&binary(), folder, upstreams).await
+    }
+
+    /// The same from a binary that is installed at a place of its own.
+    pub async fn start_from(program: &Path, folder: &Path, upstreams: &str) -> io::Result<Self> {
         let [address, admin] = free_addresses()?;
         let file = folder.join(format!("{}.yaml", address.port()));
-        fs::write(
-            &file,
-            format!(
-                "listeners:\n  - {{ address: {address}, http2: true }}\nadmin: {{ address: {admin} }}\n\
-                 observe: {{ access_log: true }}\nupstreams:\n{upstreams}"
-            ),
-        )?;
-        let mut child = Command::new(binary())
+        fs::write(&file, configuration([address, admin], upstreams))?;
+        let mut child = Command::new(program)
             .args(["run", "--config"])
             .arg(&file)
             // What the log tells is part of the measurement.
@@ -100,7 +102,7 @@ impl Proxy {
             let log = log.clone();
             std::thread::Builder::new().name("log".to_owned()).spawn(move || read(stderr, &log))?;
         }
-        let mut proxy = Self { child, address, admin, log };
+        let mut proxy = Self { child, address, admin, file, log, successors: Mutex::default() };
         proxy.wait().await.map_err(|error| {
             let said = proxy.log.lock().others.join("\n");
             io::Error::other(format!("{} did not start: {error}\n{said}", binary().display()))
@@ -121,6 +123,24 @@ impl Proxy {
             tokio::time::sleep(PAUSE).await;
         }
         Err(io::ErrorKind::TimedOut.into())
+    }
+
+    /// Writes other upstreams into its configuration.
+    pub fn rewrite(&self, upstreams: &str) -> io::Result<()> {
+        fs::write(&self.file, configuration([self.address, self.admin], upstreams))
+    }
+
+    /// The process `pid` has taken its place, and ends with it.
+    pub fn adopt(&self, pid: u32) {
+        self.successors.lock().push(pid);
+    }
+
+    /// Waits until it has ended by itself.
+    pub async fn exit(&mut self) -> io::Result<()> {
+        while self.child.try_wait()?.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
     }
 
     /// Its page of metrics.
@@ -177,7 +197,20 @@ impl Drop for Proxy {
         // It may have ended by itself: an interrupt from the terminal reaches it too.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        for pid in self.successors.lock().iter() {
+            let _ = Command::new("kill")
+                .args(["-KILL".to_owned(), pid.to_string()])
+                .stderr(Stdio::null())
+                .status();
+        }
     }
+}
+
+fn configuration([address, admin]: [SocketAddr; 2], upstreams: &str) -> String {
+    format!(
+        "listeners:\n  - {{ address: {address}, http2: true }}\nadmin: {{ address: {admin} }}\n\
+         observe: {{ access_log: true }}\nupstreams:\n{upstreams}"
+    )
 }
 
 /// What is tested: `PLIMSOLL_BIN`, or what cargo has built beside this bench.

@@ -108,8 +108,9 @@ impl BackendSelection for Selector {
     }
 
     fn build_with_config(backends: &BTreeSet<Backend>, shared: &Arc<Shared>) -> Self {
+        // In their order, which is that of their addresses: they are shown in it.
+        shared.set_members(backends.iter().filter_map(|b| Some((*b.addr.as_inet()?, b.weight as u32))));
         let backends = by_address(backends);
-        shared.set_members(backends.iter().map(|(address, b)| (*address, b.weight as u32)));
         Self { shared: Some(shared.clone()), backends }
     }
 

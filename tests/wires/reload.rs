@@ -65,7 +65,8 @@ async fn a_file_with_mistakes_changes_nothing_and_says_where_they_are() {
     assert_eq!(proxy.metrics().await.sum("plimsoll_reloads_total", &[("result", "failed")]), 2.0);
     assert_eq!(proxy.reload(&one_upstream(&[engine.address()], "")).await.status, 200);
     assert_eq!(proxy.metrics().await.sum("plimsoll_reload_failed", &[]), 0.0);
-    assert_eq!(proxy.admin(&Request::get("/reload")).await.status, 405);
+    assert_eq!(proxy.admin(&Request::get("/reload")).await.value()["ok"], true);
+    assert_eq!(proxy.admin(&Request::get("/drain")).await.status, 405);
 }
 
 #[tokio::test]

@@ -133,6 +133,7 @@ async fn a_file_with_mistakes_and_a_stray_quit_change_nothing() {
     );
     proxy.rewrite(&one_upstream(&[engine.address()], "policy: round_robin"));
     let (code, said) = upgrade();
+    wait_until("the successor to say so", async || proxy.processes().len() == 2).await;
     let serves = format!("upgraded: process {} serves; 0 requests end in process ", proxy.processes()[1]);
     assert!(code == Some(0) && said.starts_with(&serves), "{said}");
     assert_eq!(proxy.ask(&chat()).await.status, 200);

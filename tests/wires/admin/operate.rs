@@ -1,8 +1,8 @@
 //! What the admin listener is told: drain, undrain, weight; and by whom it is not.
 
-use super::seen::told;
+use super::seen::{backend, told};
 use crate::support::client::{Answer as Reply, Client, Line, Request};
-use crate::support::engine::{Answer, Engine, Gate};
+use crate::support::engine::{Answer, Engine, Gate, delta};
 use crate::support::proxy::{Keys, Proxy, binary, folder};
 use crate::support::stage::{assert_error, before, chat, counts, reply, sent};
 use crate::support::tls::write_secret;
@@ -23,7 +23,7 @@ async fn draining_moves_sessions_at_once_lets_streams_end_and_is_undone() {
     let engines = [(); 2].map(|()| {
         let gate = gate.clone();
         Engine::start(move |seen| match String::from_utf8_lossy(&seen.body).contains("\"stream\":true") {
-            true => Answer::stream_of(&["a", "b"]).gated_after_first_event(&gate),
+            true => Answer::stream_of(&[&delta("a"), &delta("b")]).gated_after_first_event(&gate),
             false => Answer::json(200, "{}"),
         })
     });
@@ -46,7 +46,7 @@ async fn draining_moves_sessions_at_once_lets_streams_end_and_is_undone() {
         let reply = client.ask(&of_session(session)).await;
         assert_eq!((reply.status, reply.header("x-plimsoll-backend")), (200, Some(other.as_str())));
     }
-    let backend = told(&proxy, "/status").await["upstreams"]["llm"]["backends"][0].clone();
+    let backend = backend(&told(&proxy, "/status").await, &drained);
     assert_eq!((backend["state"].as_str(), backend["draining"].as_bool()), (Some("draining"), Some(true)));
     gate.open();
     let ended = reply(&mut stream).await;
@@ -110,7 +110,7 @@ async fn a_weight_holds_until_its_configured_weight_changes() {
     assert_eq!(counts(&engines), [2, 6]);
     let weights = async || {
         let status = told(&proxy, "/status").await;
-        [0, 1].map(|n| status["upstreams"]["llm"]["backends"][n]["weight"].as_u64().unwrap_or(0))
+        [&light, &heavy].map(|address| backend(&status, address)["weight"].as_u64().unwrap_or(0))
     };
     assert_eq!(weights().await, [1, 3]);
     let file = |weight: u32| {

@@ -2,11 +2,12 @@
 
 use super::schema::{check, description};
 use crate::support::client::{Client, Line, Request};
-use crate::support::engine::{Answer, Engine, Gate};
+use crate::support::engine::{Answer, Engine, Gate, delta};
 use crate::support::proxy::Proxy;
 use crate::support::stage::{answered, before, chat, sent};
 use crate::support::{one_upstream, wait_until};
 use serde_json::Value;
+use std::net::SocketAddr;
 
 /// What `GET path` says, which has to be as its description says.
 pub(super) async fn told(proxy: &Proxy, path: &str) -> Value {
@@ -15,6 +16,12 @@ pub(super) async fn told(proxy: &Proxy, path: &str) -> Value {
     let value = answer.value();
     check("get", path.split('?').next().unwrap_or(path), &value);
     value
+}
+
+/// What `/status` says of the backend at `address`.
+pub(super) fn backend(status: &Value, address: &str) -> Value {
+    let backends = status["upstreams"]["llm"]["backends"].as_array().expect("a list");
+    backends.iter().find(|backend| backend["address"] == address).expect("it is one of them").clone()
 }
 
 /// The requests in flight.
@@ -37,7 +44,9 @@ async fn stages(proxy: &Proxy, wanted: &[&str]) {
 async fn a_request_is_listed_at_every_stage_and_struck_off_after_its_end_or_abort() {
     let gate = Gate::new();
     let scripted = gate.clone();
-    let engine = Engine::start(move |_| Answer::stream_of(&["a", "b"]).gated_after_first_event(&scripted));
+    let engine = Engine::start(move |_| {
+        Answer::stream_of(&[&delta("a"), &delta("b")]).gated_after_first_event(&scripted)
+    });
     let proxy =
         before(std::slice::from_ref(&engine), "max_requests: 1, queue: { length: 9, timeout: 30s }").await;
     assert_eq!(requests(&proxy).await.len(), 0);
@@ -128,13 +137,15 @@ async fn an_ejection_names_its_failures_and_counters_count() {
     let proxy = Proxy::start(&rest).await;
     wait_until("an ejection", async || {
         assert_eq!(proxy.ask(&chat()).await.status, 200);
-        told(&proxy, "/status").await["upstreams"]["llm"]["backends"][0]["state"] == "ejected"
+        backend(&told(&proxy, "/status").await, &dead.address())["state"] == "ejected"
     })
     .await;
     let status = told(&proxy, "/status").await;
-    let backends = &status["upstreams"]["llm"]["backends"];
-    assert_eq!(backends[0]["reason"], "2 failures: connect");
-    assert!(backends[1]["requests"]["ok"].as_u64() >= Some(2), "{backends}");
+    assert_eq!(backend(&status, &dead.address())["reason"], "2 failures: connect");
+    assert!(backend(&status, &good.address())["requests"]["ok"].as_u64() >= Some(2), "{status}");
+    let shown = status["upstreams"]["llm"]["backends"].as_array().expect("a list");
+    let addresses = shown.iter().map(|b| b["address"].as_str().and_then(|a| a.parse::<SocketAddr>().ok()));
+    assert!(addresses.is_sorted(), "in an order that stays: {status}");
     assert_eq!(status["reload"], Value::Null);
     proxy.reload(&rest).await;
     assert_eq!(told(&proxy, "/reload").await["ok"], true);

@@ -40,7 +40,13 @@ async fn at_rest() -> Metrics {
     write_secret(&folder.join("key"), "a-key-of-32-characters-0123456789");
     let keys = format!("keys: {{ team: {{ file: {} }} }}\n", folder.join("key").display());
     let upstream = upstream(&[engine.address()], "engine: vllm, models: any, poll: { interval: 10ms }");
-    let proxy = Proxy::start(&format!("{keys}upstreams: {{ llm: {upstream} }}\n")).await;
+    std::fs::write(folder.join("backends.json"), format!("[\"{}\"]", engine.address()))
+        .expect("a folder of ours");
+    let found = format!(
+        "{{ discover: {{ file: {} }}, models: [found], probe: off, poll: off }}",
+        folder.join("backends.json").display()
+    );
+    let proxy = Proxy::start(&format!("{keys}upstreams: {{ llm: {upstream}, found: {found} }}\n")).await;
     wait_until("a reading", async || proxy.metrics().await.has("plimsoll_engine_waiting", &[])).await;
     let answer = proxy.admin(&Request::get("/metrics")).await;
     Metrics::parse(&answer.text())
