@@ -1,13 +1,13 @@
 # Two commands: `make demo` shows what Plimsoll is for, `make test` proves that it works.
 # Both share one build profile, so the second one builds nothing twice.
 
-.PHONY: demo test fuzz tools release install uninstall deb install-cmake
+.PHONY: demo test fuzz tools test-tools release install uninstall deb
 
 demo: tools
 	cargo run --locked -- demo
 
 # What CI runs, in the order in which it fails fastest.
-test: tools
+test: tools test-tools
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 	cargo test --locked
@@ -56,7 +56,7 @@ install:
 	$(BINARY) completions fish > $(FISH)
 	$(BINARY) man --into $(SHARE)/man/man1
 	chmod 0644 $(UNIT) $(BASH) $(ZSH) $(FISH) $(SHARE)/man/man1/plimsoll*.1
-	install -m 0644 conf/* systemd/plimsoll.env $(SHARE)/plimsoll
+	install -m 0644 conf/* systemd/plimsoll.env systemd/plimsoll.socket $(SHARE)/plimsoll
 	test -e $(CONFIG) || { \
 		sed 's|schema=plimsoll|schema=$(PREFIX)/share/plimsoll/plimsoll|' conf/minimal.yaml > $(CONFIG); \
 		chmod 0644 $(CONFIG); \
@@ -79,9 +79,24 @@ deb: release
 tools:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust first, see https://rustup.rs"; exit 1; }
 	@command -v cc >/dev/null || { echo "a C compiler is missing: apt-get install build-essential"; exit 1; }
-	@command -v cmake >/dev/null || $(MAKE) --no-print-directory install-cmake
+	@command -v cmake >/dev/null || $(call install-packages,cmake,Pingora needs it)
 
-install-cmake:
-	@echo "cmake is missing and Pingora needs it: installing Debian's package cmake"
-	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
-	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq cmake
+# What some tests drive: Prometheus, a browser, systemd. Elsewhere those tests say SKIPPED without them; in CI, where that
+# would be a failure, they are installed.
+TEST_PACKAGES = $(if $(shell command -v promtool),,prometheus) $(if $(shell command -v chromedriver),,chromium chromium-driver) \
+	$(if $(shell command -v systemd-analyze),,systemd)
+
+test-tools:
+	@if [ -n "$(strip $(TEST_PACKAGES))" ]; then \
+		if [ "$$CI" = true ]; then $(call install-packages,$(strip $(TEST_PACKAGES)),tests drive them); \
+		else echo "some tests will be SKIPPED, for want of Debian's packages: $(strip $(TEST_PACKAGES))"; fi; \
+	fi
+
+# $(1): Debian's packages; $(2): why.
+define install-packages
+{ \
+	echo "installing Debian's packages $(1): $(2)"; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1); \
+}
+endef

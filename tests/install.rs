@@ -107,6 +107,7 @@ fn everything_is_installed_where_it_belongs_and_only_the_configuration_stays() {
         "usr/share/plimsoll/plimsoll.schema.json",
         "usr/share/plimsoll/reference.yaml",
         "usr/share/plimsoll/plimsoll.env",
+        "usr/share/plimsoll/plimsoll.socket",
         "etc/plimsoll/plimsoll.yaml",
     ];
     for file in wanted {
