@@ -65,8 +65,7 @@ impl Background {
         });
         let Some(mut line) = line else {
             self.gate.open(self.services).await;
-            self.announce();
-            return self.live().await;
+            return self.announce();
         };
         let _told = line.send(&Message::Ready).await;
         // Should it have gone meanwhile, its place is ours all the same.
@@ -80,30 +79,19 @@ impl Background {
         self.announce();
         self.follows.send_replace(true);
         let (follows, generations) = (self.follows.clone(), self.reloader.generations.subscribe());
-        // Not ours to drop: it goes on while we drain.
+        // Goes on while we drain.
         tokio::spawn(async move {
             predecessor::follow(line, generations).await;
             follows.send_replace(false);
         });
-        self.live().await;
     }
 
-    /// Tells log and systemd that we accept connections.
+    /// Tells log and systemd that we accept connections, and gives signs of life from then on.
     fn announce(&self) {
         log::info!("ready listeners={} pid={}", self.listeners.join(","), std::process::id());
         notify(&format!("READY=1\nSTATUS=serving on {}", self.listeners.join(", ")));
-    }
-
-    /// Gives systemd signs of life, if it wants them: as long as those who serve connections get to run.
-    async fn live(&self) {
-        let Some(timeout) = watchdog_timeout() else { return };
-        loop {
-            for runtime in self.gate.runtimes() {
-                let _it_ran = runtime.spawn(async {}).await;
-            }
-            notify("WATCHDOG=1");
-            tokio::time::sleep(timeout / 3).await;
-        }
+        // Goes on while we drain.
+        tokio::spawn(live(self.gate.clone(), self.in_flight.clone()));
     }
 
     /// Probes and polls the upstreams, and after each reload those that there are then.
@@ -185,6 +173,19 @@ impl Background {
 
     fn left(&self) -> String {
         format!("in_flight={} connections={}", self.in_flight.count(), self.in_flight.connections())
+    }
+}
+
+/// Gives systemd signs of life, if it wants them: as long as those who serve connections get to run, and until the
+/// service is another process's.
+async fn live(gate: Gate, in_flight: InFlight) {
+    let Some(timeout) = watchdog_timeout() else { return };
+    while !in_flight.is_handed_over() {
+        for runtime in gate.runtimes() {
+            let _it_ran = runtime.spawn(async {}).await;
+        }
+        notify("WATCHDOG=1");
+        tokio::time::sleep(timeout / 3).await;
     }
 }
 

@@ -242,7 +242,10 @@ async fn the_successor_knows_what_is_still_in_flight_in_the_process_before() {
 
 #[tokio::test]
 async fn systemd_hears_of_the_start_the_reload_the_upgrade_and_the_end_from_who_serves() {
-    let engine = Engine::good();
+    let gate = Gate::new();
+    let script = gate.clone();
+    let engine =
+        Engine::start(move |_| Answer::stream().event(&delta("a")).wait(&script).event("[DONE]").end());
     let folder = folder();
     let path = folder.join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
@@ -273,10 +276,16 @@ async fn systemd_hears_of_the_start_the_reload_the_upgrade_and_the_end_from_who_
     assert_eq!(next("MAINPID="), format!("MAINPID={new}"));
     next("READY=1");
     assert!(proxy.exit().await.success());
-    // The watchdog is fed by who serves now.
+    // The watchdog is fed by who serves now, to its end.
     while heard() != "WATCHDOG=1" {}
+    let mut stream = proxy.client(Line::Http1).await;
+    stream.send(&Request::streamed("tiny", "hello")).await;
+    stream.head().await;
     signal("TERM", new);
     next("STOPPING=1");
+    while heard() != "WATCHDOG=1" {}
+    gate.open();
+    assert!(stream.rest().await.1);
     wait_until("the end", async || !is_alive(new)).await;
     std::fs::remove_dir_all(&folder).unwrap();
 }
