@@ -26,9 +26,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 impl Admin {
     pub(super) async fn explain(&self, session: &mut ServerSession) -> Result<Answer, Flaw> {
         let query = Query::parse(session.req_header().uri.query(), &["path", "host", "key"])?;
-        let body = tokio::time::timeout(PATIENCE, self.body(session)).await;
-        let body =
-            body.map_err(|_| Flaw(StatusCode::REQUEST_TIMEOUT, "the body takes too long".to_owned()))??;
+        let whole = async {
+            let turn = self.explaining.acquire().await;
+            self.body(session).await.map(|body| (body, turn))
+        };
+        let whole = tokio::time::timeout(PATIENCE, whole).await;
+        let (body, _turn) =
+            whole.map_err(|_| Flaw(StatusCode::REQUEST_TIMEOUT, "the body takes too long".to_owned()))??;
         let asked = asked(session.req_header(), &query)?;
         match self.proxy.explain(&asked, &body, query.value("key")) {
             Ok(explanation) => Ok(super::of_json(&shown(&explanation))),

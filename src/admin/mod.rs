@@ -21,6 +21,7 @@ use pingora::apps::http_app::ServeHttp;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::config;
 use crate::observe::metrics::Metrics;
@@ -39,6 +40,8 @@ pub struct Admin {
     process: Arc<dyn Process>,
     verbosity: Verbosity,
     dashboard: Dashboard,
+    /// One body at a time is held to be explained.
+    explaining: Semaphore,
 }
 
 /// What of the process is asked here and decided elsewhere.
@@ -99,6 +102,7 @@ impl Admin {
             process,
             verbosity,
             dashboard: Dashboard::new(),
+            explaining: Semaphore::new(1),
         }
     }
 

@@ -102,11 +102,11 @@ impl Balancer {
         now: Time,
     ) -> Result<Decision, NoPick> {
         self.matched.clear();
-        let tier = self.tier(tried, now)?;
         let by_prefix = self.policy.uses_prefix_index();
         if by_prefix {
             self.index.matched(request.blocks, &mut self.matched);
         }
+        let tier = self.tier(tried, now)?;
         self.gather(request, tried, tier, now);
         let spread = by_prefix && self.is_lopsided(now);
         if spread {

@@ -195,6 +195,7 @@ impl Balancer {
             self.index.clear(gone.slot.0 as usize);
             let backend = &mut self.backends[gone.slot.0 as usize];
             (backend.gauge, backend.draining, backend.reweighed) = (None, None, None);
+            backend.elsewhere = Account::default();
         }
         self.weights_changed();
     }

@@ -109,7 +109,7 @@ impl Balancer {
     /// The backend as it stands, if all had so many `requests` lately.
     fn state(&self, member: &Member, requests: f64, now: Time) -> State {
         let backend = &self.backends[member.slot.0 as usize];
-        let account = *self.ledger.account(member.slot);
+        let account = self.known(member.slot);
         let stalled = self.is_stalled(member.slot, now);
         let standing = backend.standing(stalled, now);
         let silent_since = backend.silent_since();

@@ -180,7 +180,7 @@ fn of_route(route: &Route) -> Map {
     let Route { host, path, model, headers, key, upstream, retry } = route;
     let texts = |empty: bool, list: Value| (!empty).then_some(list);
     let headers_shown =
-        headers.iter().fold(Map::default(), |map, (name, value)| map.put(name, value.as_str()));
+        headers.iter().fold(Map::default(), |map, (name, value)| map.put(name, shown_value(name, value)));
     Map::default()
         .some("host", host.as_ref().map(ToString::to_string))
         .some("path", path.as_deref())
@@ -189,6 +189,13 @@ fn of_route(route: &Route) -> Map {
         .some("key", texts(key.is_empty(), list(key, String::as_str)))
         .put("upstream", upstream.as_str())
         .some("retry", retry.as_ref().map(of_retry))
+}
+
+/// The value of a header, unless by its name it is one that opens something.
+fn shown_value<'a>(name: &str, value: &'a str) -> &'a str {
+    let name = name.to_ascii_lowercase();
+    let opens = ["auth", "cookie", "key", "token", "secret"].iter().any(|part| name.contains(part));
+    if opens { REDACTED } else { value }
 }
 
 fn of_discover(discover: &Discover) -> Map {

@@ -373,7 +373,7 @@ impl Metrics {
             g.active_requests.with_label_values(labels).set(i64::from(state.account.active_requests));
             g.context_tokens.with_label_values(labels).set(state.account.context_tokens as i64);
             g.traffic_share.with_label_values(labels).set(state.share);
-            g.up.with_label_values(labels).set(i64::from(state.healthy && !state.ejected));
+            g.up.with_label_values(labels).set(i64::from(state.healthy && !state.ejected && !state.draining));
             g.weight.with_label_values(labels).set(i64::from(state.weight));
             g.stalled.with_label_values(labels).set(i64::from(state.stalled));
             g.strained.with_label_values(labels).set(i64::from(state.strained));
@@ -422,7 +422,7 @@ impl StateGauges {
                 "traffic_share",
                 "Part of the upstream's requests of the last 10 s, 0 to 1.",
             )?,
-            up: int("backend_up", "1 if the backend is in rotation: probes pass, not ejected.")?,
+            up: int("backend_up", "1 if the backend is in rotation: probes pass, not ejected, not drained.")?,
             weight: int("backend_weight", "Its weight, relative to the others of its upstream.")?,
             stalled: int(
                 "backend_stalled",

@@ -103,9 +103,15 @@ impl log::Log for Filtered {
 /// Pingora and h2 write heads at debug and trace, and Pingora's part below `admin` what it cannot read, as an error.
 fn discreet(asked: &str) -> String {
     let directives = asked.split('/').next().unwrap_or_default().split(',');
-    let everything =
-        directives.filter_map(|directive| directive.trim().parse::<log::LevelFilter>().ok()).next_back();
-    let verbose = everything.is_some_and(|level| level > log::LevelFilter::Info);
+    // A name stands for all that begin with it; what is no more than the beginning of theirs does not name them.
+    let concerns =
+        |name: &str| ["pingora", "h2"].iter().any(|theirs| *theirs != name && theirs.starts_with(name));
+    let mut levels = directives.filter_map(|directive| match directive.split_once('=') {
+        Some((name, level)) if concerns(name.trim()) => level.trim().parse::<log::LevelFilter>().ok(),
+        Some(_) => None,
+        None => directive.trim().parse().ok(),
+    });
+    let verbose = levels.any(|level| level > log::LevelFilter::Info);
     // Of two directives for one name the last one counts.
     let capped = if verbose { "pingora=info,h2=info," } else { "" };
     format!("pingora_core::apps::http_app=off,{capped}{asked}")
@@ -123,7 +129,15 @@ mod tests {
             let info = log::Metadata::builder().level(log::Level::Info).target(target).build();
             [filter.enabled(&info), filter.enabled(&debug)]
         };
-        for all in ["debug", "trace", "info,debug", "plimsoll=info, DEBUG", "debug/x"] {
+        for all in [
+            "debug",
+            "trace",
+            "info,debug",
+            "plimsoll=info, DEBUG",
+            "debug/x",
+            "=debug",
+            "p=debug,h=trace,debug",
+        ] {
             assert_eq!(logs(all, "pingora_proxy"), [true, false], "{all}");
             assert_eq!(logs(all, "pingora_core::protocols"), [true, false], "{all}");
             assert_eq!(logs(all, "h2::codec"), [true, false], "{all}");

@@ -240,6 +240,7 @@ pub(super) struct Choices {
     last: Mutex<VecDeque<Choice>>,
 }
 
+#[derive(Clone)]
 struct Choice {
     at: Time,
     flight: Arc<Flight>,
@@ -263,8 +264,9 @@ impl Choices {
 
     /// The last `limit` of them, newest first.
     pub(super) fn shown(&self, limit: usize, now: Time) -> Vec<Chosen> {
-        let last = self.last.lock();
-        last.iter().rev().take(limit).map(|choice| choice.shown(now)).collect()
+        // Requests wait for this lock: nothing is made of a choice under it.
+        let last: Vec<Choice> = self.last.lock().iter().rev().take(limit).cloned().collect();
+        last.iter().map(|choice| choice.shown(now)).collect()
     }
 }
 

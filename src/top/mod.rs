@@ -76,8 +76,8 @@ pub fn show(admin: &Admin, once: bool) -> Result<Option<String>, String> {
     }
     start("signals", move || watch_signals(&news))?;
     view.colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let screen = ratatui::try_init().map_err(|e| format!("the terminal cannot be drawn on: {e}"))?;
     let given_back = GivenBack;
+    let screen = ratatui::try_init().map_err(|e| format!("the terminal cannot be drawn on: {e}"))?;
     let shown = run(screen, &mut view, &heard, &wishes);
     drop(given_back);
     shown.map(|()| None).map_err(|e| e.to_string())

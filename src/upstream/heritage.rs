@@ -48,23 +48,19 @@ impl Heritage {
 pub type Load = BTreeMap<SocketAddr, Account>;
 
 impl Upstream {
-    /// What we leave.
+    /// What we leave. Locks the balancer for one backend at a time: requests go on meanwhile.
     pub fn heritage(&self) -> Heritage {
-        let states = self.states();
-        let prices = self.shared.prices.read();
-        let balancer = self.shared.balancer.lock();
-        let addresses = states.iter().map(|state| state.address);
-        let view = self.view();
+        let (states, view) = (self.states(), self.view());
+        let addresses = || states.iter().map(|state| state.address);
+        let prices = self.shared.prices.read().iter().map(|(m, price)| (m.clone(), price.ratio())).collect();
+        let balancer = || self.shared.balancer.lock();
         let members = view.members.iter().filter(|_| self.config.discover.is_some());
         Heritage {
-            discovered: members.map(|m| (m.address, m.weight, m.host.clone())).collect(),
-            decisions: addresses.map(|address| (address, balancer.decided(&address))).collect(),
             down: states.iter().filter(|state| !state.healthy).map(|state| state.address).collect(),
-            prices: prices.iter().map(|(model, price)| (model.clone(), price.ratio())).collect(),
-            prefixes: states
-                .iter()
-                .map(|state| (state.address, balancer.prefixes(&state.address, BLOCKS_LIMIT)))
-                .collect(),
+            prices,
+            prefixes: addresses().map(|a| (a, balancer().prefixes(&a, BLOCKS_LIMIT))).collect(),
+            decisions: addresses().map(|a| (a, balancer().decided(&a))).collect(),
+            discovered: members.map(|m| (m.address, m.weight, m.host.clone())).collect(),
         }
     }
 
@@ -84,8 +80,8 @@ impl Upstream {
 
     /// What is in flight, ours and that of the process before us.
     pub fn load(&self) -> Load {
-        let balancer = self.shared.balancer.lock();
-        self.view().live.keys().map(|address| (*address, balancer.account(address))).collect()
+        let view = self.view();
+        view.live.keys().map(|address| (*address, self.shared.balancer.lock().account(address))).collect()
     }
 
     /// What the process before us still has in flight; nothing, when it has ended.

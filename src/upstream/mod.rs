@@ -77,6 +77,7 @@ pub struct Upstream {
 pub struct Shared {
     name: String,
     clock: Clock,
+    /// Never held while the view is looked at: whoever changes the view holds that, and then this.
     balancer: Mutex<Balancer>,
     queue: Queue,
     metrics: UpstreamMetrics,
@@ -119,6 +120,9 @@ impl Upstream {
             }
             None => (Views::begin(maker.view(origin.members, None), clock.now()), 0),
         };
+        if before.is_none_or(|before| before.config.discover != config.discover) {
+            *views.answered.lock() = clock.now();
+        }
         maker.round.watch(shared.clone(), views.clone());
         let catalog = Catalog::new(&config.models, before.map(|before| &before.catalog));
         catalog.keep(|address| views.now().live.contains_key(address));
@@ -143,13 +147,7 @@ impl Upstream {
 
     /// Takes the probes' verdicts on those backends for what they are now.
     fn adopt(&self, concerns: impl Fn(&SocketAddr) -> bool) {
-        let view = self.views.now();
-        let backends = view.balancing.backends();
-        for backend in backends.get_backend().iter() {
-            let Some(address) = backend.addr.as_inet().filter(|address| concerns(address)) else { continue };
-            let healthy = backends.ready(backend);
-            self.shared.balancer.lock().observe_health(address, healthy, self.shared.clock.now());
-        }
+        self.shared.adopt(&self.views.now(), concerns);
         // Another backend, or a larger `max_requests`, is room.
         self.shared.queue.wake();
     }
@@ -362,6 +360,16 @@ impl Shared {
     /// A probe of a backend came to nothing, and why.
     fn miss(&self, address: &SocketAddr, failure: &str) {
         self.balancer.lock().observe_probe(address, Some(failure.to_owned()));
+    }
+
+    /// Takes the probes' verdicts on those backends of `view` for what they are now.
+    fn adopt(&self, view: &View, concerns: impl Fn(&SocketAddr) -> bool) {
+        let backends = view.balancing.backends();
+        for backend in backends.get_backend().iter() {
+            let Some(address) = backend.addr.as_inet().filter(|address| concerns(address)) else { continue };
+            let healthy = backends.ready(backend);
+            self.balancer.lock().observe_health(address, healthy, self.clock.now());
+        }
     }
 
     /// A probe of a backend has been answered.

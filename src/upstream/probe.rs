@@ -76,16 +76,33 @@ impl Round {
         self.joined.notify_one();
     }
 
-    /// Probes at every `interval`, and when backends join.
-    async fn run(&self, interval: Duration) {
+    /// Waits for the next pass: for the interval, or until backends join.
+    async fn pause(&self, interval: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            () = self.joined.notified() => {}
+        }
+    }
+}
+
+impl Probed {
+    /// Probes at every interval, and when backends join.
+    async fn run(&self) {
         loop {
-            let pause = async {
-                tokio::select! {
-                    () = tokio::time::sleep(interval) => {}
-                    () = self.joined.notified() => {}
-                }
+            let pass = async {
+                self.round.registry.run_health_check(true).await;
+                self.settle();
             };
-            futures::join!(self.registry.run_health_check(true), pause);
+            futures::join!(pass, self.round.pause(self.settings.probe.interval));
+        }
+    }
+
+    /// Every verdict once more as it stands: a backend that has left and come back during a pass has one of its own, and
+    /// what the pass said of the one before is not about it.
+    fn settle(&self) {
+        let watchers = self.watchers.read().clone();
+        for (shared, views) in watchers {
+            shared.adopt(&views.now(), |_| true);
         }
     }
 }
@@ -166,7 +183,7 @@ impl Probes {
 
     /// Probes until `shutdown`.
     pub async fn run(&self, mut shutdown: ShutdownWatch) {
-        let rounds = self.registries.iter().map(|probed| probed.round.run(probed.settings.probe.interval));
+        let rounds = self.registries.iter().map(Probed::run);
         tokio::select! {
             _ = futures::future::join_all(rounds) => {}
             _ = shutdown.changed() => {}

@@ -253,18 +253,19 @@ fn preferred(services: Vec<SRV>) -> Vec<Target> {
         .filter(|service| Some(service.priority) == first && !service.target.is_root())
         .collect();
     let weight = |service: &SRV| u32::from(service.weight.max(1));
-    let divisor = preferred.iter().map(|service| weight(service)).fold(0, greatest_common_divisor).max(1);
-    let heaviest = preferred.iter().map(|service| weight(service) / divisor).max().unwrap_or(1).max(HEAVIEST);
+    // By a factor that does not depend on who else is there: weights that stay the same stay the same here.
+    let is_large = preferred.iter().any(|service| weight(service) > HEAVIEST);
+    let scaled =
+        |weight: u32| if is_large { (weight * HEAVIEST / u32::from(u16::MAX)).max(1) } else { weight };
     let target = |service: &&SRV| Target {
         host: service.target.to_ascii().trim_end_matches('.').to_owned(),
         port: service.port,
-        weight: (weight(service) / divisor * HEAVIEST / heaviest).max(1),
+        weight: scaled(weight(service)),
     };
-    preferred.iter().map(target).collect()
-}
-
-fn greatest_common_divisor(a: u32, b: u32) -> u32 {
-    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+    let mut targets: Vec<Target> = preferred.iter().map(target).collect();
+    // Records rotate; who is asked first must not.
+    targets.sort_by(|a, b| (&a.host, a.port).cmp(&(&b.host, b.port)));
+    targets
 }
 
 #[cfg(test)]
@@ -296,7 +297,7 @@ mod tests {
     #[test]
     fn only_the_lowest_priority_counts_and_weights_keep_their_proportions() {
         let host = |n: usize| format!("gpu-{n}.internal");
-        assert_eq!(weights(&[(10, 5), (20, 5), (10, 15)]), [(host(0), 1), (host(2), 3)]);
+        assert_eq!(weights(&[(10, 5), (20, 5), (10, 15)]), [(host(0), 5), (host(2), 15)]);
         assert_eq!(weights(&[(0, 0), (0, 0)]), [(host(0), 1), (host(1), 1)]);
         assert_eq!(weights(&[(0, 0), (0, 10)]), [(host(0), 1), (host(1), 10)]);
         assert_eq!(weights(&[(0, 1), (0, 65_535)]), [(host(0), 1), (host(1), 1_000)]);

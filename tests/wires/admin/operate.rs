@@ -48,6 +48,9 @@ async fn draining_moves_sessions_at_once_lets_streams_end_and_is_undone() {
     }
     let backend = backend(&told(&proxy, "/status").await, &drained);
     assert_eq!((backend["state"].as_str(), backend["draining"].as_bool()), (Some("draining"), Some(true)));
+    for (of, value) in [(&drained, 0.0), (&other, 1.0)] {
+        proxy.counts("plimsoll_backend_up", &[("backend", of)], value).await;
+    }
     gate.open();
     let ended = reply(&mut stream).await;
     assert!(ended.complete && ended.text().contains("\"b\""), "{}", ended.text());
