@@ -170,7 +170,7 @@ impl Admin {
             upstreams.iter().filter(|u| !u.is_available()).map(|u| u.name.as_str()).collect();
         let names = if may_ask { format!(" in: {}", without.join(", ")) } else { String::new() };
         match without.len() {
-            _ if self.proxy.is_stopping() => {
+            _ if self.proxy.is_stopping() && !self.proxy.in_flight().is_handed_over() => {
                 text(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping\n")
             }
             0 => text(StatusCode::OK, "ok\n"),

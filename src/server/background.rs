@@ -43,14 +43,18 @@ pub(super) struct Background {
 #[async_trait]
 impl BackgroundService for Background {
     async fn start(&self, shutdown: ShutdownWatch) {
-        let work = async { futures::join!(self.begin(), self.watch(shutdown.clone()), self.reload()) };
         let mut stop = shutdown.clone();
-        tokio::select! {
-            _ = work => {}
-            // An error means that the server itself is gone, which is the end as well.
-            _ = stop.changed() => {}
-        }
-        self.drain().await;
+        let life = async {
+            tokio::select! {
+                _ = async { futures::join!(self.begin(), self.reload()) } => {}
+                // An error means that the server itself is gone, which is the end as well.
+                _ = stop.changed() => {}
+            }
+            self.drain().await;
+        };
+        // Streams of an engine that goes while we drain have to end, too.
+        let (_sender, never) = watch::channel(false);
+        futures::join!(life, self.watch(never));
     }
 }
 
@@ -172,7 +176,9 @@ impl Background {
     }
 
     fn left(&self) -> String {
-        format!("in_flight={} connections={}", self.in_flight.count(), self.in_flight.connections())
+        let (requests, connections) = (self.in_flight.count(), self.in_flight.connections());
+        let before = if *self.follows.borrow() { " and the process before us" } else { "" };
+        format!("in_flight={requests} connections={connections}{before}")
     }
 }
 

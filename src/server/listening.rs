@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::FutureExt;
 use parking_lot::Mutex;
 use pingora::apps::ServerApp;
 use pingora::protocols::l4::listener::Listener;
@@ -19,9 +18,13 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::sockets::Socket;
+use crate::proxy::InFlight;
 
 /// How long to wait for a descriptor, say, before the next try to accept.
 const BREATH: Duration = Duration::from_millis(100);
+
+/// How long those are still accepted who had connected when the process was told to stop.
+const LAST_CALL: Duration = Duration::from_millis(20);
 
 /// What the accepting services wait at. Clones share everything.
 #[derive(Clone)]
@@ -74,6 +77,7 @@ pub(super) struct Listening<A> {
     /// Threads of its own; `None` is as many as the configuration says.
     pub(super) threads: Option<usize>,
     pub(super) gate: Gate,
+    pub(super) in_flight: InFlight,
 }
 
 #[async_trait]
@@ -89,8 +93,10 @@ impl<A: ServerApp + Send + Sync + 'static> Service for Listening<A> {
                 Err(e) => return log::error!("{} cannot listen error={e}", self.name),
             };
         self.gate.passed();
-        let accepting =
-            listeners.into_iter().map(|listener| accept(listener, self.app.clone(), shutdown.clone()));
+        let accepting = listeners.into_iter().map(|listener| {
+            let (app, in_flight) = (self.app.clone(), self.in_flight.clone());
+            accept(listener, app, shutdown.clone(), in_flight)
+        });
         futures::future::join_all(accepting.map(tokio::spawn)).await;
         self.app.cleanup().await;
     }
@@ -108,12 +114,15 @@ impl<A: ServerApp + Send + Sync + 'static> Service for Listening<A> {
 async fn accept<A: ServerApp + Send + Sync + 'static>(
     listener: Listener,
     app: Arc<A>,
-    mut stop: ShutdownWatch,
+    stop: ShutdownWatch,
+    in_flight: InFlight,
 ) {
+    // Whoever is served waits for the end to come: a receiver that has seen it would wait for another one.
+    let mut end = stop.clone();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stop.wait_for(|stopping| *stopping) => break,
+            _ = end.wait_for(|stopping| *stopping) => break,
         };
         match accepted {
             Ok(stream) => serve(stream, &app, &stop),
@@ -125,8 +134,22 @@ async fn accept<A: ServerApp + Send + Sync + 'static>(
             }
         }
     }
-    while let Some(Ok(stream)) = listener.accept().now_or_never() {
-        serve(stream, &app, &stop);
+    if in_flight.is_handed_over() {
+        // Who waits is for the successor.
+        return;
+    }
+    // The queue of a socket that nobody else has goes with it.
+    let last_call = tokio::time::sleep(LAST_CALL);
+    tokio::pin!(last_call);
+    loop {
+        tokio::select! {
+            biased;
+            accepted = listener.accept() => match accepted {
+                Ok(stream) => serve(stream, &app, &stop),
+                Err(_) => return,
+            },
+            () = &mut last_call => return,
+        }
     }
 }
 

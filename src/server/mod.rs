@@ -133,16 +133,18 @@ pub fn run(
         sockets: sockets.listeners,
         threads: None,
         gate: gate.clone(),
+        in_flight: in_flight.clone(),
     });
     let (upgrades, asked) = mpsc::channel(1);
     if let (Some(socket), Some(config)) = (sockets.admin, &admin) {
-        let process = Process { reloader: reloader.clone(), upgrades };
+        let process = Process { reloader: reloader.clone(), upgrades, upgrading: Default::default() };
         server.add_service(Listening {
             name: "admin",
             app: Arc::new(Admin::new(proxy, metrics.clone(), config, Arc::new(process), verbosity)),
             sockets: vec![socket],
             threads: Some(1),
             gate: gate.clone(),
+            in_flight: in_flight.clone(),
         });
     }
     let (hangup, ending) = signals.split();
@@ -168,6 +170,8 @@ pub fn run(
 struct Process {
     reloader: Arc<Reloader>,
     upgrades: mpsc::Sender<Asked>,
+    /// Held for as long as one takes.
+    upgrading: tokio::sync::Mutex<()>,
 }
 
 #[async_trait]
@@ -185,9 +189,11 @@ impl admin::Process for Process {
     }
 
     async fn upgrade(&self) -> Result<String, String> {
+        let busy = || "another upgrade is under way, or the end".to_owned();
+        let _one = self.upgrading.try_lock().map_err(|_| busy())?;
         let (whom, said) = oneshot::channel();
-        // One at a time; when the process is about to end, nobody listens any more.
-        self.upgrades.try_send(whom).map_err(|_| "another upgrade is under way, or the end".to_owned())?;
+        // When the process is about to end, nobody listens any more.
+        self.upgrades.try_send(whom).map_err(|_| busy())?;
         said.await.unwrap_or_else(|_| Err("the process is about to end".to_owned()))
     }
 }
@@ -204,14 +210,20 @@ impl Ready {
     fn new(config: &Config, clock: Clock, predecessor: Option<&mut Predecessor>) -> Result<Self, StartError> {
         let metrics = Arc::new(Metrics::new().map_err(|e| StartError(format!("metrics: {e}")))?);
         let mut plan = Plan::of(config, &[])?;
-        let (inherited, heritage) = match predecessor {
+        let is_successor = predecessor.is_some();
+        let (mut inherited, heritage) = match predecessor {
             Some(predecessor) => {
                 (std::mem::take(&mut predecessor.sockets), std::mem::take(&mut predecessor.heritage))
             }
             None => (Socket::from_systemd()?, BTreeMap::new()),
         };
         plan.inherit(config, &heritage);
-        let sockets = Sockets::open(config, inherited)?;
+        let sockets = Sockets::open(config, &mut inherited)?;
+        if let Some(socket) = inherited.first().filter(|_| !is_successor) {
+            // Who connects there would wait for ever.
+            let what = "has the address of no listener: change one or the other";
+            return Err(StartError(format!("{socket:?}, which systemd has opened, {what}")));
+        }
         let generation = plan.generation(config, None, clock, &metrics);
         for upstream in &generation.upstreams {
             heritage.get(&upstream.name).into_iter().for_each(|known| upstream.inherit(known));

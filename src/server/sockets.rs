@@ -43,14 +43,14 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    /// The sockets of `config`: those of `inherited` that are bound to its addresses, and new ones for the rest. What
-    /// is left of the inheritance is closed.
+    /// The sockets of `config`: those of `inherited` that are bound to its addresses, which are taken from it, and new
+    /// ones for the rest.
     ///
     /// # Errors
     /// The first address that cannot be listened on.
-    pub(super) fn open(config: &Config, mut inherited: Vec<Socket>) -> Result<Self, StartError> {
+    pub(super) fn open(config: &Config, inherited: &mut Vec<Socket>) -> Result<Self, StartError> {
         let mut tcp = |address: &str| {
-            let opened = resolve(address).and_then(|at| match take(&mut inherited, |s| s.is_bound_to(at)) {
+            let opened = resolve(address).and_then(|at| match take(inherited, |s| s.is_bound_to(at)) {
                 Some(socket) => Ok(socket),
                 None => listen(at).map(Socket::Tcp),
             });
@@ -62,7 +62,7 @@ impl Sockets {
             None => None,
             Some(AdminAddress::Tcp(address)) => Some(tcp(address)?),
             Some(AdminAddress::Unix(path)) => {
-                let opened = match take(&mut inherited, |s| s.is_at(path)) {
+                let opened = match take(inherited, |s| s.is_at(path)) {
                     Some(socket) => Ok(socket),
                     None => listen_unix(path).map(Socket::Unix),
                 };

@@ -49,6 +49,7 @@ pub(super) struct Upgrader {
 /// A process that serves in our place.
 pub(super) struct Successor {
     line: Line,
+    child: Child,
     /// Its process id.
     pub(super) pid: u32,
 }
@@ -59,6 +60,10 @@ impl Upgrader {
     /// # Errors
     /// Why it does not. Then it has ended, and we go on.
     pub(super) async fn upgrade(&self) -> Result<Successor, String> {
+        if std::process::id() == 1 {
+            // With the first process of a container all others end.
+            return Err("process 1 cannot be replaced: replace the container".to_owned());
+        }
         reloading();
         let successor = self.raise().await;
         match &successor {
@@ -82,25 +87,38 @@ impl Upgrader {
     async fn raise(&self) -> Result<Successor, String> {
         let cannot = |e: std::io::Error| format!("no successor: {e}");
         let (ours, theirs) = UnixStream::pair().map_err(cannot)?;
+        // Dropped after the candidate, which would take a broken line for our end, and serve.
+        let mut line = None;
         let candidate = Candidate::start(&self.file, theirs).map_err(cannot)?;
-        let proof = tokio::time::timeout(PROOF_TIMEOUT, self.prove(ours)).await;
-        match proof.unwrap_or_else(|_| Err(Unfit::Said(format!("it did not serve within {PROOF_TIMEOUT:?}"))))
-        {
-            Ok(line) => Ok(Successor { line, pid: candidate.release() }),
-            Err(why) => Err(candidate.end(why).await),
+        let proof = tokio::time::timeout(PROOF_TIMEOUT, self.prove(ours, &mut line)).await;
+        let late = || Err(Unfit::Said(format!("it did not serve within {PROOF_TIMEOUT:?}")));
+        match (proof.unwrap_or_else(|_| late()), candidate) {
+            (Ok(()), candidate) => match (line, candidate.release()) {
+                (Some(line), Some(child)) => Ok(Successor { line, pid: child.id(), child }),
+                _ => Err("no successor".to_owned()),
+            },
+            (Err(why), candidate) => Err(candidate.end(why).await),
         }
     }
 
-    /// Waits until the successor at the other end of `stream` serves.
-    async fn prove(&self, stream: UnixStream) -> Result<Line, Unfit> {
-        let broken = |_| Unfit::HungUp;
-        handover::pass(&stream, &self.sockets.lock()).map_err(broken)?;
-        let mut line = Line::new(stream).map_err(broken)?;
-        line.send(&Message::Heritage(self.heritage())).await.map_err(broken)?;
+    /// Waits until the successor at the other end of `stream`, which becomes `line`, serves.
+    async fn prove(&self, stream: UnixStream, line: &mut Option<Line>) -> Result<(), Unfit> {
+        let cannot = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => Unfit::HungUp,
+            _ => Unfit::Said(format!("it cannot be told: {e}")),
+        };
+        let passed = handover::pass(&stream, &self.sockets.lock());
+        let line = line.insert(Line::new(stream).map_err(cannot)?);
+        passed.map_err(cannot)?;
+        let told = self.generations.borrow().clone();
+        line.send(&Message::Heritage(self.heritage())).await.map_err(cannot)?;
         loop {
             match line.next().await.ok_or(Unfit::HungUp)? {
-                Message::Ready => line.send(&Message::Go).await.map_err(broken)?,
-                Message::Serving => return Ok(line),
+                Message::Ready if !Arc::ptr_eq(&told, &self.generations.borrow()) => {
+                    return Err(Unfit::Said("there was a reload meanwhile: ask again".to_owned()));
+                }
+                Message::Ready => line.send(&Message::Go).await.map_err(cannot)?,
+                Message::Serving => return Ok(()),
                 Message::Failed(why) => return Err(Unfit::Said(why)),
                 _ => {}
             }
@@ -112,18 +130,31 @@ impl Upgrader {
         generation.upstreams.iter().map(|upstream| (upstream.name.clone(), upstream.heritage())).collect()
     }
 
-    /// Tells `successor` what we have in flight, for as long as both of us live.
+    /// Tells `successor` what we have in flight, for as long as both of us live. If it dies while we drain, systemd,
+    /// whose child it is not, cannot know: we end at once, so that it learns of it and starts another.
     pub(super) async fn share_load(&self, mut successor: Successor) {
         loop {
+            match successor.child.try_wait() {
+                // It may have handed over itself.
+                Ok(Some(status)) if status.success() => return,
+                Ok(Some(status)) => {
+                    log::error!("the successor died pid={} {status}", successor.pid);
+                    if std::env::var_os("NOTIFY_SOCKET").is_some() {
+                        log::logger().flush();
+                        std::process::exit(1);
+                    }
+                    return;
+                }
+                _ => {}
+            }
             let generation = self.generations.borrow().clone();
             let load: BTreeMap<String, Load> = generation
                 .upstreams
                 .iter()
                 .map(|upstream| (upstream.name.clone(), upstream.load()))
                 .collect();
-            if successor.line.send(&Message::Load(load)).await.is_err() {
-                return;
-            }
+            // Whether it is gone shows as soon as it has ended.
+            let _told = successor.line.send(&Message::Load(load)).await;
             tokio::time::sleep(LOAD_INTERVAL).await;
         }
     }
@@ -152,9 +183,9 @@ impl Candidate {
         command.spawn().map(|child| Self(Some(child)))
     }
 
-    /// It is on its own from here on; its process id.
-    fn release(mut self) -> u32 {
-        self.0.take().map_or(0, |child| child.id())
+    /// It is on its own from here on.
+    fn release(mut self) -> Option<Child> {
+        self.0.take()
     }
 
     /// It is not wanted; what is to be said of it.

@@ -30,6 +30,8 @@ pub struct Heritage {
     decisions: BTreeMap<SocketAddr, (bool, Option<[u32; 2]>)>,
     /// The backends themselves, with weight and host, if they were discovered: who says so may be silent just now.
     discovered: Vec<(SocketAddr, u32, String)>,
+    /// What is in flight at this moment.
+    load: Load,
 }
 
 impl Heritage {
@@ -60,6 +62,7 @@ impl Upstream {
             prices,
             prefixes: addresses().map(|a| (a, balancer().prefixes(&a, BLOCKS_LIMIT))).collect(),
             decisions: addresses().map(|a| (a, balancer().decided(&a))).collect(),
+            load: self.load(),
             discovered: members.map(|m| (m.address, m.weight, m.host.clone())).collect(),
         }
     }
@@ -76,6 +79,8 @@ impl Upstream {
         for (address, decided) in &heritage.decisions {
             balancer.adopt(address, *decided, self.shared.clock.now());
         }
+        drop(balancer);
+        self.observe_predecessor(Some(&heritage.load));
     }
 
     /// What is in flight, ours and that of the process before us.

@@ -97,8 +97,8 @@ impl Probed {
         }
     }
 
-    /// Every verdict once more as it stands: a backend that has left and come back during a pass has one of its own, and
-    /// what the pass said of the one before is not about it.
+    /// Every verdict once more as it stands: a backend that has left and come back during a pass has one of its own,
+    /// and what the pass said of the one before is not about it.
     fn settle(&self) {
         let watchers = self.watchers.read().clone();
         for (shared, views) in watchers {

@@ -434,7 +434,7 @@ async fn srv_records_bring_ports_and_weights_and_the_lowest_priority_alone_count
     has(&proxy, &[&engines[0], &engines[1]]).await;
     let mut found = weights(&proxy).await;
     found.sort_by_key(|(_, weight)| *weight);
-    assert_eq!(found, [(engines[0].address(), 1), (engines[1].address(), 3)]);
+    assert_eq!(found, [(engines[0].address(), 20), (engines[1].address(), 60)]);
     // A target that cannot be looked up takes nobody away, neither does a record of a service that is gone.
     dns.say(host, RecordType::A, Reply::Failure);
     dns.say(host, RecordType::AAAA, Reply::Failure);

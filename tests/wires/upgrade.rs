@@ -47,8 +47,13 @@ async fn streams_end_whole_and_kept_connections_are_told_before_they_close() {
         }
     }
     for line in LINES {
-        let answer = proxy.client(line).await.ask(&chat()).await;
-        assert!(answer.status == 200 && answer.header("connection") != Some("close"), "{line:?}");
+        // The old process still accepts for a moment, and says that it closes.
+        wait_until("the successor to answer", async || {
+            let answer = proxy.client(line).await.ask(&chat()).await;
+            assert_eq!(answer.status, 200, "{line:?}");
+            answer.header("connection") != Some("close")
+        })
+        .await;
     }
     assert!(proxy.metrics().await.has("plimsoll_upgrades_total", &[("result", "ok")]));
     for mut client in streams {
@@ -206,13 +211,15 @@ async fn the_successor_knows_what_is_still_in_flight_in_the_process_before() {
     let script = gate.clone();
     let held = Engine::start(move |_| Answer::json(200, "{}").held_at(&script));
     let good = Engine::good();
-    let more = "policy: least_connections, max_requests: 2, queue: { length: 0 }";
+    let more = "policy: least_connections, max_requests: 2, queue: { length: 8 }";
     let proxy = before(std::slice::from_ref(&held), more).await;
     let both = one_upstream(&[held.address(), good.address()], more);
     let waiting = [sent(&proxy, Line::Http1).await, sent(&proxy, Line::Http2).await];
     gate.reached(2).await;
     proxy.rewrite(&both);
     proxy.upgrade().await;
+    // Shown, so that nobody takes the backend for drained.
+    proxy.counts("plimsoll_active_requests", &[("backend", &held.address())], 2.0).await;
     // All that this process has is idle. But the first backend is full with requests of the other one.
     wait_until("the news of it", async || {
         held.forget();
@@ -321,5 +328,10 @@ async fn a_socket_that_systemd_holds_refuses_nobody_while_there_is_no_process() 
         process.wait().unwrap();
     }
     assert_eq!(total(std::slice::from_ref(&engine)), asked);
+    // One that is no listener's would be a place where everybody waits for ever.
+    let other = crate::support::port::Port::take();
+    let yaml = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, yaml.replace(&address.to_string(), &other.address().to_string())).unwrap();
+    assert_eq!(start().wait().unwrap().code(), Some(1));
     std::fs::remove_dir_all(&folder).unwrap();
 }

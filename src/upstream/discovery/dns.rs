@@ -243,8 +243,8 @@ fn shorter(a: Option<u32>, b: Option<u32>) -> Option<u32> {
     a.into_iter().chain(b).min()
 }
 
-/// The targets of lowest priority number. Their weights are brought down to the smallest whole numbers of the same
-/// proportions, because a ring has as many points as a weight says; 0 counts as 1.
+/// The targets of lowest priority number, in the order of their hosts. A weight of 0 counts as 1; where one is larger
+/// than ours may be, all are brought down.
 fn preferred(services: Vec<SRV>) -> Vec<Target> {
     let first = services.iter().map(|service| service.priority).min();
     // A lone `.` says that the service is not there.

@@ -246,6 +246,9 @@ impl Proxy {
         let before = self.processes();
         signal("USR2", *before.last().expect("a process that serves"));
         wait_until("the successor to serve", async || self.processes().len() > before.len()).await;
+        // Up to then both accept.
+        let left = || self.log().matches("service 'proxy' exited").count();
+        wait_until("the old process to accept no more", async || left() >= before.len()).await;
         *self.processes().last().expect("it serves")
     }
 
