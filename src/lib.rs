@@ -29,6 +29,8 @@ pub mod sim;
 
 pub mod config;
 
+mod fetch;
+
 pub mod observe;
 
 pub mod upstream;

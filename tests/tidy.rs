@@ -13,13 +13,14 @@ use std::path::{Path, PathBuf};
 use source::{Source, item_end};
 
 /// The rooms in the order in which they may import each other; those in one row know nothing of each other.
-const ORDER: [&[&str]; 18] = [
+const ORDER: [&[&str]; 19] = [
     &["clock"],
     &["engine", "prompt"],
     &["policy"],
     &["balance"],
     &["sim"],
     &["config"],
+    &["fetch"],
     &["observe"],
     &["upstream"],
     &["proxy"],

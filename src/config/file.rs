@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use http::Uri;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -202,11 +203,36 @@ pub struct Observe {
     /// The header `x-plimsoll-backend` on answers names the backend. Default true; switch it off where
     /// clients may not know your addresses.
     pub backend_header: bool,
+    /// Spans of requests, for a collector that speaks the protocol of OpenTelemetry. Absent: none, and the trace that
+    /// a client names is passed on as it is.
+    pub traces: Option<Traces>,
 }
 
 impl Default for Observe {
     fn default() -> Self {
-        Self { access_log: true, backend_header: true }
+        Self { access_log: true, backend_header: true, traces: None }
+    }
+}
+
+/// Where the spans of requests go.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// The collector: OTLP over HTTP with protobuf, such as `http://127.0.0.1:4318`; `/v1/traces` is meant where there
+    /// is no path. Headers that it wants are in `OTEL_EXPORTER_OTLP_HEADERS`. Required.
+    #[serde(deserialize_with = "units::collector")]
+    #[schemars(schema_with = "schema::collector")]
+    pub endpoint: Uri,
+    /// Of the requests that come without a trace, the share that begins a recorded one, 0 to 1. Of the others, the
+    /// client has decided. Default 1.
+    #[serde(default = "Traces::every", deserialize_with = "units::share")]
+    #[schemars(schema_with = "schema::share")]
+    pub sample: f64,
+}
+
+impl Traces {
+    const fn every() -> f64 {
+        1.0
     }
 }
 

@@ -22,6 +22,7 @@ impl Config {
             ("server.open_files", server.open_files != new.server.open_files),
             ("the addresses of listeners", addresses(self) != addresses(new)),
             ("admin", self.admin != new.admin),
+            ("observe.traces", self.observe.traces != new.observe.traces),
             ("limits.headers for HTTP/2", limits.headers != new.limits.headers),
             ("limits.client_idle for HTTP/2", limits.client_idle != new.limits.client_idle),
             ("limits.http2_control_frames", limits.http2_control_frames != new.limits.http2_control_frames),

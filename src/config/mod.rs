@@ -35,7 +35,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 pub use discover::{Discover, NameServer};
-pub use file::{Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
+pub use file::{
+    Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server, Traces,
+};
 pub use key::{Key, KeyHash};
 pub use network::Network;
 pub use report::{Problem, Report};

@@ -94,6 +94,14 @@ pub(super) fn url_path(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"title": "path of a URL", "type": "string", "pattern": r#"^/[!"$-~]*$"#})
 }
 
+pub(super) fn collector(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"title": "URL", "type": "string", "pattern": r#"^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@\s]+(/[!"$->@-~]*)?$"#})
+}
+
+pub(super) fn share(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "number", "minimum": 0, "maximum": 1})
+}
+
 pub(super) fn credential(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"title": "name of a credential", "type": "string", "pattern": "^[^/]+$"})
 }

@@ -9,7 +9,9 @@ use std::time::Duration;
 use serde_yaml::{Mapping, Value};
 
 use super::discover::Discover;
-use super::file::{Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server};
+use super::file::{
+    Admin, AdminAddress, Config, Identity, Limits, Listener, ListenerTls, Observe, Server, Traces,
+};
 use super::upstream::{
     Backend, BackendTls, Keepalive, Models, Poll, Probe, Queue, Retry, Timeouts, Upstream,
 };
@@ -24,12 +26,11 @@ pub(super) const REDACTED: &str = "redacted";
 pub fn show(config: &Config) -> String {
     let Config { server, listeners, admin, observe, limits, trusted_proxies, keys, routes, upstreams } =
         config;
-    let Observe { access_log, backend_header } = observe;
     let shown = Map::default()
         .put("server", of_server(server))
         .put("listeners", list(listeners, of_listener))
         .some("admin", admin.as_ref().map(of_admin))
-        .put("observe", Map::default().put("access_log", *access_log).put("backend_header", *backend_header))
+        .put("observe", of_observe(observe))
         .put("limits", of_limits(limits))
         .put("trusted_proxies", list(trusted_proxies, ToString::to_string))
         .some("keys", (!keys.is_empty()).then(|| map(keys, of_key)))
@@ -125,6 +126,18 @@ fn of_admin(admin: &Admin) -> Map {
         AdminAddress::Unix(socket) => format!("unix:{}", socket.display()),
     };
     Map::default().put("address", address).some("token", token.as_ref().map(of_secret))
+}
+
+fn of_observe(observe: &Observe) -> Map {
+    let Observe { access_log, backend_header, traces } = observe;
+    let traces = traces.as_ref().map(|traces| {
+        let Traces { endpoint, sample } = traces;
+        Map::default().put("endpoint", endpoint.to_string()).put("sample", *sample)
+    });
+    Map::default()
+        .put("access_log", *access_log)
+        .put("backend_header", *backend_header)
+        .some("traces", traces)
 }
 
 /// Where it is kept.

@@ -14,6 +14,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::time::Duration;
 
+use http::Uri;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{
@@ -74,6 +75,21 @@ pub(super) fn url_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Str
 /// [`url_path`], for a key that may be left out.
 pub(super) fn some_url_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     url_path(deserializer).map(Some)
+}
+
+/// The URL of a collector of traces, with its path.
+pub(super) fn collector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uri, D::Error> {
+    text(deserializer, "the URL of a collector, such as `http://127.0.0.1:4318`", parse_collector)
+}
+
+/// A share of a whole.
+pub(super) fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let share = f64::deserialize(deserializer)?;
+    if (0.0..=1.0).contains(&share) {
+        Ok(share)
+    } else {
+        Err(D::Error::invalid_value(Unexpected::Float(share), &"a share from 0 to 1"))
+    }
 }
 
 /// A whole number from `MIN` to `MAX`.
@@ -143,6 +159,23 @@ pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     (duration > Duration::ZERO && duration <= LONGEST).then_some(duration)
+}
+
+/// A URL of a host and perhaps a port and a path; without a path it is OTLP's own.
+fn parse_collector(text: &str) -> Option<Uri> {
+    let uri: Uri = text.parse().ok()?;
+    let authority = uri.authority()?;
+    let is_plain = !text.contains(['@', '#']) && uri.query().is_none();
+    let is_bare = authority.as_str() == authority.host() && !authority.host().is_empty();
+    let is_address =
+        is_bare || authority.port_u16().is_some_and(|port| port > 0 && !authority.host().is_empty());
+    if !matches!(uri.scheme_str(), Some("http" | "https")) || !is_plain || !is_address {
+        return None;
+    }
+    if uri.path() != "/" {
+        return Some(uri);
+    }
+    format!("{}/v1/traces", text.trim_end_matches('/')).parse().ok()
 }
 
 fn parse_size(text: &str) -> Option<u64> {
@@ -411,6 +444,36 @@ mod tests {
             assert_eq!(parse_duration(text), None, "{text}");
         }
         assert_eq!(parse_duration(&format!("{}h", u64::MAX)), None, "must not overflow");
+    }
+
+    #[test]
+    fn a_collector_is_a_url_without_secrets_and_its_path_may_be_left_out() {
+        for (text, whole) in [
+            ("http://127.0.0.1:4318", "http://127.0.0.1:4318/v1/traces"),
+            ("HTTP://otel/", "http://otel/v1/traces"),
+            ("https://[::1]:4318/", "https://[::1]:4318/v1/traces"),
+            ("https://otel:443/otlp/v1/traces", "https://otel:443/otlp/v1/traces"),
+        ] {
+            assert_eq!(parse_collector(text).map(|uri| uri.to_string()).as_deref(), Some(whole), "{text}");
+        }
+        let wrong = [
+            "otel:4318",
+            "ftp://otel",
+            "http://",
+            "http://:4318",
+            "http://otel:",
+            "http://otel:0",
+            "http://o:99999",
+        ];
+        for text in wrong.iter().chain(&[
+            "http://u:p@otel",
+            "http://u@otel:1",
+            "http://otel/?key=1",
+            "http://otel/#a",
+            "",
+        ]) {
+            assert_eq!(parse_collector(text), None, "{text}");
+        }
     }
 
     #[test]

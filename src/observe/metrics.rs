@@ -44,6 +44,7 @@ pub struct Metrics {
     key_tokens: IntCounterVec,
     certificate_expiry: IntGaugeVec,
     process: Process,
+    trace_exports: IntCounterVec,
     discoveries: IntCounterVec,
     discovery_age: GaugeVec,
     /// Bytes of request bodies held in memory.
@@ -156,10 +157,20 @@ impl DiscoveryMetrics {
     }
 }
 
+/// The counters of batches of spans.
+pub struct ExportMetrics([IntCounter; RESULTS.len()]);
+
+impl ExportMetrics {
+    /// Counts a batch.
+    pub fn count(&self, well: bool) {
+        self.0[usize::from(!well)].inc();
+    }
+}
+
 /// The results of asking a source of backends.
 const DISCOVERIES: [&str; 3] = ["ok", "empty", "failed"];
 
-/// The results of a reload, or an upgrade.
+/// The results of a reload, an upgrade, or a batch of spans.
 const RESULTS: [&str; 2] = ["ok", "failed"];
 
 const BACKEND: &[&str] = &["upstream", "backend"];
@@ -240,6 +251,12 @@ impl Metrics {
             )?,
             certificate_expiry: gauges(&r, "certificate_expiry_timestamp_seconds", expiry, certificate)?,
             process: Process::new(&r)?,
+            trace_exports: counters(
+                &r,
+                "trace_exports_total",
+                "Batches of spans for the collector, by whether it took them.",
+                &["result"],
+            )?,
             discoveries: counters(
                 &r,
                 "discoveries_total",
@@ -253,6 +270,7 @@ impl Metrics {
         for result in RESULTS {
             metrics.reloads.with_label_values(&[result]);
             metrics.upgrades.with_label_values(&[result]);
+            metrics.trace_exports.with_label_values(&[result]);
         }
         for outcome in Outcome::ALL {
             metrics.requests.with_label_values(&["", "", outcome.name()]);
@@ -269,6 +287,11 @@ impl Metrics {
     /// Counts an upgrade.
     pub fn upgraded(&self, well: bool) {
         self.upgrades.with_label_values(&[RESULTS[usize::from(!well)]]).inc();
+    }
+
+    /// The counters of batches of spans.
+    pub fn exports(&self) -> ExportMetrics {
+        ExportMetrics(RESULTS.map(|result| self.trace_exports.with_label_values(&[result])))
     }
 
     /// The counters of a backend, all present at zero from now on.

@@ -1,9 +1,10 @@
-//! What an operator sees: the metrics, the access log, and how much else is logged.
+//! What an operator sees: the metrics, the access log, the traces, and how much else is logged.
 
 pub mod access_log;
 pub mod metrics;
 mod process;
 mod registry;
+pub mod traces;
 pub mod verbosity;
 
 /// How a request ended, as one word for metrics and log.

@@ -43,6 +43,18 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
+    /// The end of its path; none if it is none of ours.
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::ChatCompletions => Some("/v1/chat/completions"),
+            Self::Completions => Some("/v1/completions"),
+            Self::Embeddings => Some("/v1/embeddings"),
+            Self::Responses => Some("/v1/responses"),
+            Self::Messages => Some("/v1/messages"),
+            Self::Other => None,
+        }
+    }
+
     /// The endpoint of a request path, by its last segments, so that a prefix (`/openai/v1/...`) does not
     /// matter; a query is ignored.
     pub fn from_path(path: &str) -> Self {

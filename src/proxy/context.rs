@@ -12,6 +12,7 @@ use super::body::Body;
 use super::flights::{Flight, Flights, Shown};
 use super::setup::Setup;
 use super::tap::Tap;
+use super::trace::Trace;
 use crate::balance::retry::{self, Failure};
 use crate::clock::Time;
 use crate::policy::Slot;
@@ -146,8 +147,8 @@ pub struct Context {
     pub(super) admitted_at: Time,
     /// The request's id, from the client or made by us.
     pub(super) id: String,
-    /// The id of the trace that it is part of.
-    pub(super) trace: Option<u128>,
+    /// The trace that it is part of.
+    pub(super) trace: Option<Trace>,
     /// Who asked, as far as we believe those in between.
     pub(super) client: Option<IpAddr>,
     /// The key that was shown, where keys are asked for.
@@ -202,6 +203,8 @@ pub(super) struct Attempt {
     /// A stream's header and first bytes, until its first event has been looked at.
     pub(super) held: Option<(Box<ResponseHeader>, Vec<u8>)>,
     pub(super) last_read: Option<Time>,
+    /// What its span goes by, if there will be one, until it has been told.
+    pub(super) span: Option<u64>,
 }
 
 impl Attempt {
@@ -216,6 +219,7 @@ impl Attempt {
             tap: Tap::new(false),
             held: None,
             last_read: None,
+            span: None,
         }
     }
 }

@@ -11,7 +11,7 @@
 //! response_body_filter      first event, first content; the stream passes      tap.rs              each try
 //! fail_to_connect, error_while_proxy    another try?                           balance/retry.rs
 //! fail_to_proxy             our own answer, or the end of a broken stream      reply.rs
-//! logging                   settled, counted, written down                     record.rs
+//! logging                   settled, counted, written down, told               record.rs spans.rs
 //! ```
 //!
 //! Nothing is decided here that `balance` could decide: the hooks carry facts to it and do what it says.
@@ -29,6 +29,7 @@ mod record;
 mod reply;
 mod route;
 mod setup;
+mod spans;
 pub mod tap;
 mod trace;
 mod verdict;
@@ -52,6 +53,7 @@ use crate::balance::retry::{Budget, Failure};
 use crate::clock::{Clock, Time};
 use crate::config;
 use crate::observe::metrics::Metrics;
+use crate::observe::traces::Traces;
 use crate::policy::Reason;
 use crate::upstream::Upstream;
 use body::{Room, Unread};
@@ -69,6 +71,7 @@ use reply::REQUEST_ID;
 pub use reply::Refusal;
 use setup::Setup;
 use tap::{Opening, Tap};
+use trace::Trace;
 
 /// More than this without an end is no event that anybody would wait for.
 const HELD_LIMIT: usize = 64 * 1024;
@@ -87,15 +90,17 @@ pub struct Proxy {
     uses: Arc<ConnectionUses>,
     in_flight: InFlight,
     choices: Arc<Choices>,
+    traces: Option<Arc<Traces>>,
 }
 
 impl Proxy {
-    /// The proxy that `config` describes, over these upstreams.
+    /// The proxy that `config` describes, over these upstreams; it tells of requests to `traces`.
     pub fn new(
         config: &config::Config,
         upstreams: Vec<Arc<Upstream>>,
         clock: Clock,
         metrics: Arc<Metrics>,
+        traces: Option<Arc<Traces>>,
     ) -> Self {
         for code in CODES {
             metrics.refusal(code);
@@ -110,6 +115,7 @@ impl Proxy {
             uses: Arc::default(),
             in_flight: InFlight::default(),
             choices: Arc::default(),
+            traces,
         }
     }
 
@@ -164,7 +170,7 @@ impl ProxyHttp for Proxy {
         forward::to_origin_form(session.req_header_mut())?;
         ctx.id = intake::request_id(session.req_header());
         ctx.entered.flight.identify(&ctx.id);
-        ctx.trace = trace::trace(session.req_header_mut());
+        ctx.trace = self.trace(session.req_header_mut())?;
         let Setup { limits, trusted, .. } = &*ctx.setup;
         ctx.client = Origin::of(session, trusted).client(session.req_header(), trusted);
         session.set_write_timeout(Some(limits.client_write_timeout));
@@ -216,7 +222,8 @@ impl ProxyHttp for Proxy {
         self.choices.add(&ctx.entered.flight, &live, &charge, now);
         ctx.attempts += 1;
         ctx.tries += 1;
-        ctx.attempt = Some(Attempt { close_after: fresh, ..Attempt::new(charge, live, now) });
+        let span = ctx.trace.as_ref().and_then(Trace::attempt);
+        ctx.attempt = Some(Attempt { close_after: fresh, span, ..Attempt::new(charge, live, now) });
         Ok(Box::new(peer))
     }
 
@@ -255,6 +262,9 @@ impl ProxyHttp for Proxy {
             request.insert_header(header::CONTENT_LENGTH, body.bytes.len())?;
         }
         request.insert_header(REQUEST_ID, ctx.id.as_str())?;
+        if let (Some(trace), Some(span)) = (&ctx.trace, attempt.span) {
+            trace.announce(request, span)?;
+        }
         Origin::of(session, &ctx.setup.trusted).announce(request)?;
         if ctx.setup.keys.is_some() {
             access::conceal(request);

@@ -12,7 +12,7 @@ use crate::prompt::Usage;
 
 impl Proxy {
     /// Counts the request and writes it down.
-    pub(super) fn record(&self, session: &Session, e: Option<&Error>, ctx: &Context) {
+    pub(super) fn record(&self, session: &Session, e: Option<&Error>, ctx: &mut Context) {
         let outcome = outcome(e, ctx);
         let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
         self.count(ctx, outcome, usage);
@@ -20,6 +20,10 @@ impl Proxy {
         if ctx.setup.observe.access_log {
             self.log(session, ctx, outcome, usage);
         }
+        let error = error(outcome, ctx);
+        let failed = matches!(outcome, Outcome::EngineError | Outcome::Cut | Outcome::Unreachable);
+        self.tell_attempt(ctx, failed.then(|| error.unwrap_or_else(|| outcome.name())));
+        self.tell_request(session, ctx, outcome, usage, error);
     }
 
     fn count(&self, ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
@@ -45,7 +49,7 @@ impl Proxy {
         let digest = ctx.digest.as_ref();
         Entry {
             id: &ctx.id,
-            trace: ctx.trace,
+            trace: ctx.trace.as_ref().map(|trace| trace.id),
             client: ctx.client.map(|client| client.to_string()),
             key: ctx.key.as_ref().map(|key| key.name.as_str()),
             method: request.method.as_str(),

@@ -49,6 +49,9 @@ impl Proxy {
         if retry {
             upstream.retried(failure);
         }
+        if retry {
+            self.tell_attempt(ctx, Some(failure.name()));
+        }
         if retry && again {
             // With the charge it has, lest its place go to another request.
             ctx.admitted = ctx.attempt.take().map(|attempt| attempt.charge);

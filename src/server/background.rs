@@ -15,6 +15,7 @@ use super::listening::Gate;
 use super::notify::{notify, watchdog_timeout};
 use super::predecessor::{self, Predecessor};
 use super::reload::Reloader;
+use crate::observe::traces::Traces;
 use crate::proxy::InFlight;
 
 /// What the last frames of a finished HTTP/2 answer get to leave the process.
@@ -29,6 +30,8 @@ pub(super) struct Background {
     /// Watched for since before there was anything to reload, so that none is lost.
     pub(super) hangup: Mutex<Option<Signal>>,
     pub(super) in_flight: InFlight,
+    /// Which may have something left to tell at the end.
+    pub(super) traces: Option<Arc<Traces>>,
     /// Behind it the services that accept, and how many they are.
     pub(super) gate: Gate,
     pub(super) services: usize,
@@ -147,6 +150,9 @@ impl Background {
             () = tokio::time::sleep(drain_timeout) => log::warn!("drain timeout cut={}", self.in_flight.count()),
             () = next(&mut terminate) => log::warn!("second signal cut={}", self.in_flight.count()),
             () = next(&mut interrupt) => log::warn!("second signal cut={}", self.in_flight.count()),
+        }
+        if let Some(traces) = self.traces.clone() {
+            let _told = tokio::task::spawn_blocking(move || traces.finish()).await;
         }
         log::logger().flush();
         std::process::exit(0);

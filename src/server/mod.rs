@@ -35,6 +35,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
 use crate::observe::metrics::Metrics;
+use crate::observe::traces::Traces;
 use crate::observe::verbosity::Verbosity;
 use crate::policy::Policies;
 use crate::proxy::Proxy;
@@ -79,15 +80,14 @@ pub fn run(
     file: &Path,
     config: Config,
     policies: &Policies,
-    predecessor: Option<Predecessor>,
+    mut predecessor: Option<Predecessor>,
     verbosity: Verbosity,
 ) -> Result<(), StartError> {
     let clock = Clock::start();
     raise_open_files(config.server.open_files);
     let signals = Watched::new().map_err(|e| StartError(format!("signals cannot be watched: {e}")))?;
-    let mut predecessor = predecessor;
     let ready = Ready::new(&config, clock, predecessor.as_mut());
-    let Ready { plan, sockets, metrics, generation } = match (ready, &predecessor) {
+    let Ready { plan, sockets, metrics, generation, traces } = match (ready, &predecessor) {
         (Ok(ready), _) => ready,
         (Err(why), predecessor) => {
             predecessor.iter().for_each(|waiting| waiting.disappoint(&why.to_string()));
@@ -96,7 +96,7 @@ pub fn run(
     };
     let mut server = Server::new_with_opt_and_conf(Opt::default(), server_conf(&config));
     server.bootstrap();
-    let proxy = Proxy::new(&config, generation.upstreams.clone(), clock, metrics.clone());
+    let proxy = Proxy::new(&config, generation.upstreams.clone(), clock, metrics.clone(), traces.clone());
     let in_flight = proxy.in_flight();
     let app = app(&server.configuration, proxy.clone(), &config);
     let door =
@@ -154,6 +154,7 @@ pub fn run(
             reloader,
             hangup: Mutex::new(Some(hangup)),
             in_flight: in_flight.clone(),
+            traces,
             gate,
             services,
             listeners,
@@ -204,6 +205,7 @@ struct Ready {
     sockets: Sockets,
     metrics: Arc<Metrics>,
     generation: Generation,
+    traces: Option<Arc<Traces>>,
 }
 
 impl Ready {
@@ -233,7 +235,10 @@ impl Ready {
             let runtime = runtime.map_err(|e| StartError(format!("no runtime: {e}")))?;
             runtime.block_on(generation.probes.inherit(heritage.values()));
         }
-        Ok(Self { plan, sockets, metrics, generation })
+        let traces = config.observe.traces.as_ref().map(|traces| Traces::new(traces, metrics.exports()));
+        let traces =
+            traces.transpose().map_err(|e| StartError(format!("observe.traces: {e}")))?.map(Arc::new);
+        Ok(Self { plan, sockets, metrics, generation, traces })
     }
 }
 

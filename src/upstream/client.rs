@@ -1,25 +1,18 @@
-//! A small GET client for probes and polls, on Pingora's own connector.
+//! What a backend itself answers to a GET, for probes and polls.
 //!
-//! One deadline covers everything, bodies are bounded, HTTP/1.1 with a `Host` header is spoken (none of the
-//! engines takes less, research/engines.md s.3), and connections are not kept: a probe should find out
-//! whether one can be made.
+//! One deadline covers everything, and HTTP/1.1 with a `Host` header is spoken: none of the engines takes less
+//! (research/engines.md s.3).
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
-use pingora::protocols::http::client::HttpSession;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::Live;
 use crate::config;
-
-/// The largest answer that is read; SGLang's metrics are about 90 kB.
-const BODY_LIMIT: usize = 4 << 20;
-
-/// A busy engine is slow to answer, but its kernel is not slow to accept.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+use crate::fetch::fetch;
 
 /// Asks engines of one upstream.
 pub(super) struct Client {
@@ -72,34 +65,12 @@ impl Client {
     }
 
     async fn exchange(&self, live: &Live, path: &str) -> pingora::Result<(u16, Bytes)> {
-        let mut peer = HttpPeer::new(live.address, self.tls, live.server_name.clone());
-        peer.options.idle_timeout = Some(Duration::ZERO);
-        peer.options.connection_timeout = Some(CONNECT_TIMEOUT);
-        let (mut session, _) = self.connector.get_http_session(&peer).await?;
+        let peer = HttpPeer::new(live.address, self.tls, live.server_name.clone());
         let mut request = RequestHeader::build("GET", path.as_bytes(), Some(4))?;
         request.insert_header("host", live.server_name.as_str())?;
-        request.insert_header("user-agent", concat!("plimsoll/", env!("CARGO_PKG_VERSION")))?;
-        request.insert_header("connection", "close")?;
         if let Some(authorization) = &self.authorization {
             request.insert_header("authorization", authorization.as_str())?;
         }
-        session.write_request_header(Box::new(request)).await?;
-        session.finish_request_body().await?;
-        session.read_response_header().await?;
-        let status = session.response_header().map_or(0, |header| header.status.as_u16());
-        let body = read_body(&mut session).await?;
-        session.shutdown().await;
-        Ok((status, body))
+        fetch(&self.connector, peer, request, Bytes::new()).await
     }
-}
-
-async fn read_body(session: &mut HttpSession) -> pingora::Result<Bytes> {
-    let mut body = BytesMut::new();
-    while let Some(chunk) = session.read_response_body().await? {
-        body.extend_from_slice(&chunk);
-        if body.len() > BODY_LIMIT {
-            return pingora::Error::e_explain(pingora::ErrorType::ReadError, "answer too large");
-        }
-    }
-    Ok(body.freeze())
 }

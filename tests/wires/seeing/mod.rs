@@ -1,10 +1,11 @@
-//! What an operator sees of a running proxy: the table of metrics, the alerts, the dashboard.
+//! What an operator sees of a running proxy: the table of metrics, the alerts, the dashboard, the traces.
 
 mod alerts;
 mod dashboard;
 mod names;
 mod prometheus;
 mod table;
+mod traces;
 
 use std::process::{Command, Stdio};
 
