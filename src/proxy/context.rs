@@ -29,8 +29,8 @@ struct Count {
     connections: AtomicUsize,
     stopping: AtomicBool,
     handed_over: AtomicBool,
-    /// One of the counts has become zero.
-    none: Notify,
+    /// One of the counts has become zero, or another process serves in our place.
+    changed: Notify,
     flights: Flights,
 }
 
@@ -55,6 +55,7 @@ impl InFlight {
     pub fn hand_over(&self) {
         self.0.handed_over.store(true, Ordering::Release);
         self.stop();
+        self.0.changed.notify_waiters();
     }
 
     /// Whether another process serves in our place.
@@ -68,12 +69,21 @@ impl InFlight {
 
     /// Resolves when there is no request, and, of a process that has handed over, no connection either.
     pub async fn none(&self) {
+        self.until(Self::is_none).await;
+    }
+
+    /// Resolves when another process serves in our place.
+    pub async fn handed_over(&self) {
+        self.until(Self::is_handed_over).await;
+    }
+
+    async fn until(&self, is_so: impl Fn(&Self) -> bool) {
         loop {
-            let changed = self.0.none.notified();
+            let changed = self.0.changed.notified();
             tokio::pin!(changed);
-            // Registered before the counts are read, so that the last one cannot end unnoticed in between.
+            // Registered before it is looked at, so that no change goes unnoticed in between.
             changed.as_mut().enable();
-            if self.is_none() {
+            if is_so(self) {
                 return;
             }
             changed.await;
@@ -106,7 +116,7 @@ impl InFlight {
 impl Count {
     fn leave(&self, which: &AtomicUsize) {
         if which.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.none.notify_waiters();
+            self.changed.notify_waiters();
         }
     }
 }

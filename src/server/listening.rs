@@ -26,10 +26,14 @@ const BREATH: Duration = Duration::from_millis(100);
 /// How long those are still accepted who had connected when the process was told to stop.
 const LAST_CALL: Duration = Duration::from_millis(20);
 
+/// Longer than it takes to stop accepting.
+const LETTING_GO: Duration = Duration::from_secs(1);
+
 /// What the accepting services wait at. Clones share everything.
 #[derive(Clone)]
 pub(super) struct Gate {
     open: watch::Sender<bool>,
+    /// How many accept.
     passed: watch::Sender<usize>,
     /// The runtimes of those who passed.
     runtimes: Arc<Mutex<Vec<Handle>>>,
@@ -63,9 +67,22 @@ impl Gate {
         }
     }
 
+    /// Returns when nobody accepts any more, at the latest after [`LETTING_GO`].
+    pub(super) async fn deserted(&self) {
+        let mut passed = self.passed.subscribe();
+        let nobody = passed.wait_for(|passed| *passed == 0);
+        if tokio::time::timeout(LETTING_GO, nobody).await.is_err() {
+            log::warn!("a listener is slow to let go");
+        }
+    }
+
     fn passed(&self) {
         self.runtimes.lock().push(Handle::current());
         self.passed.send_modify(|passed| *passed += 1);
+    }
+
+    fn left(&self) {
+        self.passed.send_modify(|passed| *passed -= 1);
     }
 }
 
@@ -98,6 +115,7 @@ impl<A: ServerApp + Send + Sync + 'static> Service for Listening<A> {
             accept(listener, app, shutdown.clone(), in_flight)
         });
         futures::future::join_all(accepting.map(tokio::spawn)).await;
+        self.gate.left();
         self.app.cleanup().await;
     }
 
@@ -119,10 +137,13 @@ async fn accept<A: ServerApp + Send + Sync + 'static>(
 ) {
     // Whoever is served waits for the end to come: a receiver that has seen it would wait for another one.
     let mut end = stop.clone();
+    let handed_over = in_flight.handed_over();
+    tokio::pin!(handed_over);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = end.wait_for(|stopping| *stopping) => break,
+            () = &mut handed_over => break,
         };
         match accepted {
             Ok(stream) => serve(stream, &app, &stop),

@@ -101,8 +101,7 @@ pub fn run(
     let app = app(&server.configuration, proxy.clone(), &config);
     let door =
         Door::new(Ingress::new(app, plan.listeners, &config, in_flight.clone(), clock, metrics.clone()));
-    let listeners: Vec<_> = config.listeners.iter().map(|listener| listener.address.clone()).collect();
-    let admin = config.admin.clone();
+    let (listeners, admin) = (addresses(&config), config.admin.clone());
     let generations = watch::Sender::new(Arc::new(generation));
     let again = sockets.again().map_err(|e| StartError(format!("no sockets for a successor: {e}")))?;
     let upgrader = Arc::new(Upgrader {
@@ -155,16 +154,22 @@ pub fn run(
             hangup: Mutex::new(Some(hangup)),
             in_flight: in_flight.clone(),
             traces,
-            gate,
+            gate: gate.clone(),
             services,
             listeners,
             predecessor: Mutex::new(predecessor),
             follows: watch::Sender::new(false),
         },
     ));
-    let signals = Signals { signals: ending, asked: Mutex::new(Some(asked)), upgrader, in_flight, metrics };
+    let asked = Mutex::new(Some(asked));
+    let signals = Signals { signals: ending, asked, upgrader, in_flight, gate, metrics };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
     Ok(())
+}
+
+/// The addresses of the listeners, as they are written.
+fn addresses(config: &Config) -> Vec<String> {
+    config.listeners.iter().map(|listener| listener.address.clone()).collect()
 }
 
 /// What the admin listener can have done to this process.

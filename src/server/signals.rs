@@ -12,6 +12,7 @@ use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
+use super::listening::Gate;
 use super::successor::{Successor, Upgrader};
 use crate::observe::metrics::Metrics;
 use crate::proxy::InFlight;
@@ -70,6 +71,7 @@ pub(super) struct Signals {
     pub(super) asked: Mutex<Option<mpsc::Receiver<Asked>>>,
     pub(super) upgrader: Arc<Upgrader>,
     pub(super) in_flight: InFlight,
+    pub(super) gate: Gate,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -112,6 +114,8 @@ impl Signals {
         let said = match &upgraded {
             Ok(Successor { pid, .. }) => {
                 self.in_flight.hand_over();
+                // Whoever hears of it and connects meets the successor.
+                self.gate.deserted().await;
                 let left = self.in_flight.count();
                 log::info!("upgraded successor={pid} in_flight={left}");
                 Ok(format!("process {pid} serves; {left} requests end in process {}", std::process::id()))
