@@ -1,8 +1,8 @@
 //! Engines that cost nothing: they answer at once, or send events at the pace that a request asks for.
 //!
-//! An answer names the request that it is for and how many bytes of its text came, so that a client can say of every answer
-//! whether it is whole and its own. An event carries the moment at which it was written; engines and clients are one
-//! process with one clock. Like vLLM behind uvicorn they write each event as a chunk of its own.
+//! An answer names the request that it is for and how many bytes of its text came, so that a client can say of every
+//! answer whether it is whole and its own. An event carries the moment at which it was written; engines and clients are
+//! one process with one clock. Like vLLM behind uvicorn they write each event as a chunk of its own.
 
 use std::io;
 use std::net::SocketAddr;
@@ -129,10 +129,14 @@ fn page(head: &Head) -> String {
 /// The answer to the request `nonce`, of whose text `received` bytes came; about 1 KB.
 pub fn answer(nonce: u64, received: usize) -> String {
     let content = SENTENCE.repeat(4);
+    let choice = format!(
+        r#"{{"index":0,"message":{{"role":"assistant","content":"{content}","tool_calls":[]}},"finish_reason":"stop"}}"#
+    );
+    let (prompt, total) = (received / 4, received / 4 + 200);
+    let usage = format!(r#"{{"prompt_tokens":{prompt},"total_tokens":{total},"completion_tokens":200}}"#);
     format!(
-        r#"{{"id":"chatcmpl-{nonce:016x}","object":"chat.completion","created":1764000000,"model":"llama-3.1-8b","choices":[{{"index":0,"message":{{"role":"assistant","content":"{content}","tool_calls":[]}},"logprobs":null,"finish_reason":"stop"}}],"usage":{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":200}},"system_fingerprint":"{received:08}"}}"#,
-        received / 4,
-        received / 4 + 200,
+        "{{\"id\":\"chatcmpl-{nonce:016x}\",\"object\":\"chat.completion\",\"created\":1764000000,\
+         \"model\":\"llama-3.1-8b\",\"choices\":[{choice}],\"usage\":{usage},\"system_fingerprint\":\"{received:08}\"}}"
     )
 }
 

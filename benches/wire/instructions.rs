@@ -42,7 +42,7 @@ pub async fn run(circumstances: &Circumstances, blesses: bool) -> io::Result<boo
     let old = fs::read_to_string(baseline()).unwrap_or_default();
     let mut new = String::from(
         "# Instructions per request and per event: what callgrind counts for 1,200 less what it counts for 200, by\n\
-         # 1,000. One connection, one request at a time. Written by `cargo bench --bench wire -- instructions --bless`.\n",
+         # 1,000. One connection, one request at a time. Made by `cargo bench --bench wire -- instructions --bless`.\n",
     );
     for line in circumstances
         .lines()

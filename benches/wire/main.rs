@@ -55,7 +55,7 @@ struct Options {
     /// How long, each time.
     #[arg(long, default_value_t = 3.0, value_name = "S")]
     seconds: f64,
-    /// Requests per second of the open loops, instead of 40 % of what nginx can do.
+    /// Requests per second of the open loops, instead of a tenth of what nginx can do.
     #[arg(long, value_name = "N")]
     rate: Option<f64>,
     /// Makes what `instructions` counts the baseline.
@@ -118,6 +118,9 @@ fn run(options: &Options) -> io::Result<bool> {
         outcomes.push(outcome.0);
         // After each, so that a run that is broken off leaves what it has.
         report::write(&circumstances, &outcomes)?;
+    }
+    if !counts.is_empty() {
+        is_sound &= runtime.block_on(instructions::run(&circumstances, options.bless))?;
     }
     say(&format!(
         "\nload: {}; results: {}",

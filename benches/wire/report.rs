@@ -93,7 +93,7 @@ struct Row {
 }
 
 impl Outcome {
-    /// Of `samples`, a list for each round, with a sample or the reason for its absence for each of `peers`.
+    /// Of `samples`: a list for each round, in it one for each of `peers`.
     pub fn new(
         scenario: &Scenario,
         rate: Option<f64>,
@@ -167,9 +167,13 @@ impl Row {
     fn cell(&self, (key, _, decimals): Column) -> String {
         let values = self.rounds.iter().filter_map(|sample| sample.values.get(key).copied());
         let mut values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
-        spread(&mut values).map_or_else(
+        let spread = spread(&mut values);
+        spread.map_or_else(
             || "-".to_owned(),
-            |[median, least, most]| format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})"),
+            |[median, least, most]| match values.len() {
+                1 => format!("{median:.decimals$}"),
+                _ => format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})"),
+            },
         )
     }
 }
