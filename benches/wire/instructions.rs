@@ -112,8 +112,9 @@ async fn count(peer: &str, size: usize, count: u64) -> io::Result<u64> {
     proxy.interrupt().await?;
     drop(engines);
     let counted = fs::read_to_string(&file)?;
-    let total =
-        counted.lines().find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")));
+    let total = counted
+        .lines()
+        .find_map(|line| line.strip_prefix("totals: ").or_else(|| line.strip_prefix("summary: ")));
     let total = total.and_then(|total| total.trim().parse().ok());
     total.ok_or_else(|| io::Error::other(format!("callgrind has counted nothing: {}", file.display())))
 }

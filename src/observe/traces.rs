@@ -20,14 +20,13 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{
     BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanEvents, SpanLinks, SpanProcessor as _,
 };
-use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
 use tokio::runtime::{Builder, Runtime};
 
 use super::metrics::ExportMetrics;
 use crate::config;
-use crate::fetch::fetch;
+use crate::fetch::Fetcher;
 
 /// Spans that may wait for the collector; some kilobytes each.
 const QUEUE_SPANS: usize = 8_192;
@@ -158,7 +157,7 @@ fn resource() -> Resource {
 
 /// The collector, asked by Pingora's own connector. It is the thread of the SDK that waits for it.
 struct Collector {
-    connector: Connector,
+    fetcher: Fetcher,
     runtime: Runtime,
     metrics: ExportMetrics,
     /// The last batch did not arrive.
@@ -168,7 +167,7 @@ struct Collector {
 impl Collector {
     fn new(metrics: ExportMetrics) -> std::io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { connector: Connector::new(None), runtime, metrics, is_away: AtomicBool::new(false) })
+        Ok(Self { fetcher: Fetcher::default(), runtime, metrics, is_away: AtomicBool::new(false) })
     }
 
     async fn post(&self, request: Request<Bytes>) -> Result<(u16, Bytes), HttpError> {
@@ -183,7 +182,7 @@ impl Collector {
             header.insert_header(name.clone(), value)?;
         }
         header.insert_header("host", uri.authority().map_or(host, |authority| authority.as_str()))?;
-        Ok(fetch(&self.connector, peer, header, body).await?)
+        Ok(self.fetcher.fetch(peer, header, body).await?)
     }
 
     /// Counts the batch; the log tells when the collector goes and comes, not each time.

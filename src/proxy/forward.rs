@@ -8,7 +8,7 @@
 
 use std::net::IpAddr;
 
-use http::header::{self, HeaderName};
+use http::header::{self, HeaderName, HeaderValue};
 use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
@@ -19,16 +19,27 @@ use crate::config::Network;
 const FOR: &str = "x-forwarded-for";
 const PROTO: &str = "x-forwarded-proto";
 const HOST: &str = "x-forwarded-host";
-/// What we call ourselves in `Via`.
-const NAME: &str = "plimsoll";
+/// What we call ourselves in `Via`, by the version of HTTP that the request came by.
+const VIA_10: &str = "1.0 plimsoll";
+const VIA_11: &str = "1.1 plimsoll";
+const VIA_2: &str = "2 plimsoll";
 
 /// Headers of an answer that speak of the engine's connection (RFC 9110 s.7.6.1), beside those `Connection`
 /// names.
-const OF_THE_CONNECTION: [&str; 5] = ["connection", "keep-alive", "proxy-connection", "te", "upgrade"];
+const OF_THE_CONNECTION: [HeaderName; 5] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::TE,
+    header::UPGRADE,
+];
 
 /// Headers that `Connection` may not take away, because they say what the answer is and where it ends.
 const NOT_TO_BE_NAMED: [HeaderName; 4] =
     [header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING, header::TRANSFER_ENCODING];
+
+/// Room for a usual element of `Forwarded`.
+const FORWARDED_BYTES: usize = 96;
 
 /// Where a request comes from, as far as we know ourselves.
 pub struct Origin {
@@ -83,32 +94,39 @@ impl Origin {
             request.remove_header(&name);
         }
         let scheme = if self.is_tls { "https" } else { "http" };
-        let authority = request.uri.authority().map(|authority| authority.as_str().to_owned());
-        let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-        let host = host.map_or(authority, |host| Some(host.to_owned()));
+        let host = request.headers.get(header::HOST).filter(|host| host.to_str().is_ok()).cloned();
+        let authority = || request.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok());
+        let host = host.or_else(authority);
         if let Some(peer) = self.peer {
-            let mut element = match peer {
-                IpAddr::V4(peer) => format!("for={peer};proto={scheme}"),
-                IpAddr::V6(peer) => format!("for=\"[{peer}]\";proto={scheme}"),
-            };
-            if let Some(host) = &host {
-                element += &format!(";host=\"{host}\"");
+            let address = peer.to_string();
+            let mut element = Vec::with_capacity(FORWARDED_BYTES);
+            let around: [&[u8]; 2] = if peer.is_ipv4() { [b"for=", b""] } else { [b"for=\"[", b"]\""] };
+            for part in [around[0], address.as_bytes(), around[1], b";proto=", scheme.as_bytes()] {
+                element.extend_from_slice(part);
             }
-            append(request, FOR, &peer.to_string())?;
-            append(request, "forwarded", &element)?;
+            if let Some(host) = &host {
+                for part in [b";host=\"", host.as_bytes(), b"\""] {
+                    element.extend_from_slice(part);
+                }
+            }
+            append(request, FOR, address.into_bytes())?;
+            append(request, "forwarded", element)?;
         }
         if !request.headers.contains_key(PROTO) {
-            request.insert_header(PROTO, scheme)?;
+            request.insert_header(PROTO, HeaderValue::from_static(scheme))?;
         }
         if let Some(host) = host.filter(|_| !request.headers.contains_key(HOST)) {
             request.insert_header(HOST, host)?;
         }
-        let version = match self.version {
-            http::Version::HTTP_2 => "2",
-            http::Version::HTTP_10 => "1.0",
-            _ => "1.1",
+        let via = match self.version {
+            http::Version::HTTP_2 => VIA_2,
+            http::Version::HTTP_10 => VIA_10,
+            _ => VIA_11,
         };
-        append(request, "via", &format!("{version} {NAME}"))
+        if request.headers.contains_key(header::VIA) {
+            return append(request, "via", via.into());
+        }
+        request.insert_header("via", HeaderValue::from_static(via))
     }
 
     /// Whether this header may not come from there.
@@ -126,13 +144,17 @@ impl Origin {
 }
 
 /// Adds `element` to the list in the header `name`, as one header.
-fn append(request: &mut RequestHeader, name: &'static str, element: &str) -> Result<()> {
+fn append(request: &mut RequestHeader, name: &'static str, element: Vec<u8>) -> Result<()> {
+    let mut values = request.headers.get_all(name).iter().peekable();
+    if values.peek().is_none() {
+        return request.insert_header(name, element);
+    }
     let mut list = Vec::new();
-    for value in request.headers.get_all(name) {
+    for value in values {
         list.extend_from_slice(value.as_bytes());
         list.extend_from_slice(b", ");
     }
-    list.extend_from_slice(element.as_bytes());
+    list.extend_from_slice(&element);
     request.insert_header(name, list)
 }
 
@@ -165,7 +187,7 @@ pub fn keep_end_to_end(response: &mut ResponseHeader) {
         response.remove_header(name);
     }
     for name in OF_THE_CONNECTION {
-        response.remove_header(name);
+        response.remove_header(&name);
     }
 }
 

@@ -52,6 +52,7 @@ use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 use crate::balance::retry::{Budget, Failure};
 use crate::clock::{Clock, Time};
 use crate::config;
+use crate::observe::access_log::AccessLog;
 use crate::observe::metrics::Metrics;
 use crate::observe::traces::Traces;
 use crate::policy::Reason;
@@ -91,16 +92,19 @@ pub struct Proxy {
     in_flight: InFlight,
     choices: Arc<Choices>,
     traces: Option<Arc<Traces>>,
+    access_log: Arc<AccessLog>,
 }
 
 impl Proxy {
-    /// The proxy that `config` describes, over these upstreams; it tells of requests to `traces`.
+    /// The proxy that `config` describes, over these upstreams; it tells of requests to `traces`
+    /// and `access_log`.
     pub fn new(
         config: &config::Config,
         upstreams: Vec<Arc<Upstream>>,
         clock: Clock,
         metrics: Arc<Metrics>,
         traces: Option<Arc<Traces>>,
+        access_log: Arc<AccessLog>,
     ) -> Self {
         for code in CODES {
             metrics.refusal(code);
@@ -116,6 +120,7 @@ impl Proxy {
             in_flight: InFlight::default(),
             choices: Arc::default(),
             traces,
+            access_log,
         }
     }
 

@@ -47,7 +47,7 @@ impl Proxy {
         let request = session.req_header();
         let attempt = ctx.attempt.as_ref();
         let digest = ctx.digest.as_ref();
-        Entry {
+        let entry = Entry {
             id: &ctx.id,
             trace: ctx.trace.as_ref().map(|trace| trace.id),
             client: ctx.client.map(|client| client.to_string()),
@@ -71,8 +71,8 @@ impl Proxy {
             tokens: usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
             error: error(outcome, ctx),
             detail: ctx.detail.as_deref(),
-        }
-        .write();
+        };
+        self.access_log.write(&entry, self.clock.unix_time());
     }
 }
 

@@ -15,6 +15,7 @@ use super::listening::Gate;
 use super::notify::{notify, watchdog_timeout};
 use super::predecessor::{self, Predecessor};
 use super::reload::Reloader;
+use crate::observe::access_log::AccessLog;
 use crate::observe::traces::Traces;
 use crate::proxy::InFlight;
 
@@ -32,6 +33,8 @@ pub(super) struct Background {
     pub(super) in_flight: InFlight,
     /// Which may have something left to tell at the end.
     pub(super) traces: Option<Arc<Traces>>,
+    /// Which may have lines left.
+    pub(super) access_log: Arc<AccessLog>,
     /// Behind it the services that accept, and how many they are.
     pub(super) gate: Gate,
     pub(super) services: usize,
@@ -154,6 +157,7 @@ impl Background {
         if let Some(traces) = self.traces.clone() {
             let _told = tokio::task::spawn_blocking(move || traces.finish()).await;
         }
+        self.access_log.flush();
         log::logger().flush();
         std::process::exit(0);
     }

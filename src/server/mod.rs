@@ -34,6 +34,7 @@ use crate::admin::{self, Admin, Reloaded};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
+use crate::observe::access_log::AccessLog;
 use crate::observe::metrics::Metrics;
 use crate::observe::traces::Traces;
 use crate::observe::verbosity::Verbosity;
@@ -87,7 +88,7 @@ pub fn run(
     raise_open_files(config.server.open_files);
     let signals = Watched::new().map_err(|e| StartError(format!("signals cannot be watched: {e}")))?;
     let ready = Ready::new(&config, clock, predecessor.as_mut());
-    let Ready { plan, sockets, metrics, generation, traces } = match (ready, &predecessor) {
+    let Ready { plan, sockets, metrics, generation, traces, access_log } = match (ready, &predecessor) {
         (Ok(ready), _) => ready,
         (Err(why), predecessor) => {
             predecessor.iter().for_each(|waiting| waiting.disappoint(&why.to_string()));
@@ -96,7 +97,14 @@ pub fn run(
     };
     let mut server = Server::new_with_opt_and_conf(Opt::default(), server_conf(&config));
     server.bootstrap();
-    let proxy = Proxy::new(&config, generation.upstreams.clone(), clock, metrics.clone(), traces.clone());
+    let proxy = Proxy::new(
+        &config,
+        generation.upstreams.clone(),
+        clock,
+        metrics.clone(),
+        traces.clone(),
+        access_log.clone(),
+    );
     let in_flight = proxy.in_flight();
     let app = app(&server.configuration, proxy.clone(), &config);
     let door =
@@ -154,6 +162,7 @@ pub fn run(
             hangup: Mutex::new(Some(hangup)),
             in_flight: in_flight.clone(),
             traces,
+            access_log: access_log.clone(),
             gate: gate.clone(),
             services,
             listeners,
@@ -164,6 +173,7 @@ pub fn run(
     let asked = Mutex::new(Some(asked));
     let signals = Signals { signals: ending, asked, upgrader, in_flight, gate, metrics };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
+    access_log.flush();
     Ok(())
 }
 
@@ -211,6 +221,7 @@ struct Ready {
     metrics: Arc<Metrics>,
     generation: Generation,
     traces: Option<Arc<Traces>>,
+    access_log: Arc<AccessLog>,
 }
 
 impl Ready {
@@ -243,7 +254,8 @@ impl Ready {
         let traces = config.observe.traces.as_ref().map(|traces| Traces::new(traces, metrics.exports()));
         let traces =
             traces.transpose().map_err(|e| StartError(format!("observe.traces: {e}")))?.map(Arc::new);
-        Ok(Self { plan, sockets, metrics, generation, traces })
+        let access_log = AccessLog::start().map_err(|e| StartError(format!("no thread for the log: {e}")))?;
+        Ok(Self { plan, sockets, metrics, generation, traces, access_log })
     }
 }
 

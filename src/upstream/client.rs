@@ -3,20 +3,20 @@
 //! One deadline covers everything, and HTTP/1.1 with a `Host` header is spoken: none of the engines takes less
 //! (research/engines.md s.3).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::Live;
 use crate::config;
-use crate::fetch::fetch;
+use crate::fetch::Fetcher;
 
 /// Asks engines of one upstream.
 pub(super) struct Client {
-    connector: Connector,
+    fetcher: Arc<Fetcher>,
     tls: bool,
     authorization: Option<String>,
 }
@@ -47,8 +47,12 @@ impl std::fmt::Display for NoAnswer {
 }
 
 impl Client {
-    pub(super) fn new(config: &config::Upstream, authorization: Option<String>) -> Self {
-        Self { connector: Connector::new(None), tls: config.tls.is_some(), authorization }
+    pub(super) fn new(
+        config: &config::Upstream,
+        authorization: Option<String>,
+        fetcher: Arc<Fetcher>,
+    ) -> Self {
+        Self { fetcher, tls: config.tls.is_some(), authorization }
     }
 
     /// The status and body of `GET path` at the backend `live`.
@@ -71,6 +75,6 @@ impl Client {
         if let Some(authorization) = &self.authorization {
             request.insert_header("authorization", authorization.as_str())?;
         }
-        fetch(&self.connector, peer, request, Bytes::new()).await
+        self.fetcher.fetch(peer, request, Bytes::new()).await
     }
 }

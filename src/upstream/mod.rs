@@ -41,6 +41,7 @@ use crate::balance::retry::{self, Failure};
 use crate::balance::{Balancer, Settings, State, Tier, ejection};
 use crate::clock::Clock;
 use crate::config;
+use crate::fetch::Fetcher;
 use crate::observe::metrics::{DiscoveryMetrics, Metrics, UpstreamMetrics};
 use crate::policy::{Request, Slot};
 use crate::prompt::{BytesPerToken, Digest};
@@ -60,6 +61,8 @@ pub struct Upstream {
     pub config: config::Upstream,
     /// The value of `authorization` sent to its backends, if it has an `api_key`.
     pub authorization: Option<String>,
+    /// Asks its backends how they are.
+    fetcher: Arc<Fetcher>,
     /// The models its backends serve.
     pub catalog: Catalog,
     /// When it is tried again.
@@ -132,6 +135,7 @@ impl Upstream {
             discovery: origin.source.map(|source| (source, metrics.discovery(name))),
             config,
             authorization,
+            fetcher: probes.fetcher.clone(),
             catalog,
             shared,
             maker,

@@ -72,7 +72,7 @@ pub(super) async fn run(upstream: &Upstream, shutdown: ShutdownWatch) {
 
 /// Polls one backend until shutdown.
 async fn poll(upstream: &Upstream, live: &Live, mut shutdown: ShutdownWatch) {
-    let client = Client::new(&upstream.config, upstream.authorization.clone());
+    let client = Client::new(&upstream.config, upstream.authorization.clone(), upstream.fetcher.clone());
     tokio::select! {
         _ = async {
             futures::join!(metrics(upstream, &client, live), models(upstream, &client, live), stalls(upstream, live))

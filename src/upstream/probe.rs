@@ -33,6 +33,7 @@ use super::view::Views;
 use super::{Heritage, Live, Shared};
 use crate::balance::pulse::Refusals;
 use crate::config;
+use crate::fetch::Fetcher;
 
 /// The fraction of the interval over which probes are spread.
 const JITTER: f64 = 0.2;
@@ -41,6 +42,8 @@ const JITTER: f64 = 0.2;
 #[derive(Default)]
 pub struct Probes {
     registries: Vec<Probed>,
+    /// Asks for all of them, and for whoever else asks backends.
+    pub(super) fetcher: Arc<Fetcher>,
 }
 
 /// One registry, and those who look at it.
@@ -134,7 +137,7 @@ impl Probes {
             watchers: probed.watchers.clone(),
             found: probed.found.clone(),
         });
-        Self { registries: registries.collect() }
+        Self { registries: registries.collect(), fetcher: self.fetcher.clone() }
     }
 
     /// Where an upstream's backends are probed as `config` says, or not at all.
@@ -151,7 +154,7 @@ impl Probes {
         }
         let (round, watchers, found) = (Round::new(), Watchers::default(), Found::default());
         round.registry.set_health_check(Box::new(Probe {
-            client: Client::new(config, settings.authorization.clone()),
+            client: Client::new(config, settings.authorization.clone(), self.fetcher.clone()),
             settings: settings.clone(),
             watchers: watchers.clone(),
             found: found.clone(),
