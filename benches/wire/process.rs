@@ -113,7 +113,9 @@ impl Proxy {
     ) -> io::Result<Self> {
         let log = folder().join("log").join(format!("{peer}.log"));
         let file = File::create(&log)?;
-        let mut command = Command::new("taskset");
+        // If this process is killed, nobody is left to end the proxy.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "TERM", "taskset"]);
         let inner = script(peer, "start")?;
         command.args(["--cpu-list", &CPUS[1].to_string()]).arg(inner.get_program()).args(inner.get_args());
         for (name, value) in inner.get_envs() {
