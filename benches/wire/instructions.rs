@@ -2,8 +2,8 @@
 //!
 //! A proxy runs under valgrind and answers 200 requests, one at a time on one connection, and in another run of the
 //! same length 1,200; the difference of what callgrind counted, by 1,000, is what one takes, without start, end, and
-//! what is done at all times. The same for the events of a stream. `instructions.txt` is the baseline; `--bless` writes it
-//! anew. What the kernel does is not in it.
+//! what is done at all times. The same for the events of a stream. `instructions.txt` is the baseline; `--bless` writes
+//! it anew. What the kernel does is not in it.
 
 use std::fmt::Write as _;
 use std::fs;
