@@ -34,9 +34,18 @@ const HEAD_ROOM: usize = 4 * 1024;
 /// answer under way has ended; it has to be read all the same, to notice when the client goes.
 const AHEAD_LIMIT: usize = 128 * 1024;
 
+/// What is written waits for the flush, up to so many bytes: a head and its body, or the three parts of a chunk, go out
+/// together. Each send costs as much as all else that is done for an event.
+const TOGETHER_BYTES: usize = 16 * 1024;
+
+/// Room for what waits that is kept from one flush to the next: enough for an event.
+const KEPT_BYTES: usize = 1024;
+
 /// A connection, and how much of it belongs to the present request.
 pub(super) struct Downstream {
     inner: Stream,
+    /// Written by Pingora, and not sent yet.
+    unsent: BytesMut,
     /// Read from the client, and not taken yet.
     pub(super) ahead: BytesMut,
     body: Body,
@@ -98,7 +107,15 @@ impl Body {
 impl Downstream {
     /// A connection on which no write may wait longer than `patience`.
     pub(super) fn new(inner: Stream, patience: Duration) -> Self {
-        Self { inner, ahead: BytesMut::new(), body: Body::Length(0), lost: false, patience, stalled: None }
+        Self {
+            inner,
+            unsent: BytesMut::new(),
+            ahead: BytesMut::new(),
+            body: Body::Length(0),
+            lost: false,
+            patience,
+            stalled: None,
+        }
     }
 
     /// Waits for more from the client; zero if it has ended.
@@ -141,6 +158,12 @@ impl Downstream {
 
     /// Keeps what a client sends before its answer has ended, until it ends itself.
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Whoever reads now has nothing more to write at the moment.
+        if !self.unsent.is_empty()
+            && let Poll::Ready(Err(e)) = self.poll_send(cx)
+        {
+            return Poll::Ready(Err(e));
+        }
         let mut probe = [0; 512];
         loop {
             let mut read = ReadBuf::new(&mut probe);
@@ -154,6 +177,21 @@ impl Downstream {
                 self.lost = true;
             }
         }
+    }
+
+    /// Sends what waits.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.unsent.is_empty() {
+            let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.unsent))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unsent.advance(sent);
+        }
+        if self.unsent.capacity() > KEPT_BYTES {
+            self.unsent = BytesMut::new();
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// The outcome of a write, which fails once the client has let it wait too long.
@@ -193,19 +231,26 @@ impl AsyncRead for Downstream {
 }
 
 impl AsyncWrite for Downstream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let done = Pin::new(&mut self.inner).poll_write(cx, buf);
-        self.in_time(cx, done)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let done = Pin::new(&mut self.inner).poll_flush(cx);
-        self.in_time(cx, done)
+        let this = &mut *self;
+        let done = match this.poll_send(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_flush(cx),
+            other => other,
+        };
+        this.in_time(cx, done)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let done = Pin::new(&mut self.inner).poll_shutdown(cx);
-        self.in_time(cx, done)
+        let this = &mut *self;
+        let done = match this.poll_send(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_shutdown(cx),
+            other => other,
+        };
+        this.in_time(cx, done)
     }
 
     fn poll_write_vectored(
@@ -213,18 +258,32 @@ impl AsyncWrite for Downstream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let done = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
-        self.in_time(cx, done)
+        let this = &mut *self;
+        let length = bufs.iter().map(|buf| buf.len()).sum();
+        if this.unsent.len() + length <= TOGETHER_BYTES {
+            this.unsent.reserve(length);
+            bufs.iter().for_each(|buf| this.unsent.extend_from_slice(buf));
+            return Poll::Ready(Ok(length));
+        }
+        // What is large is not copied. What waits goes before it.
+        let done = match this.poll_send(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_write_vectored(cx, bufs),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
+            Poll::Pending => Poll::Pending,
+        };
+        this.in_time(cx, done)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
+        true
     }
 }
 
 #[async_trait]
 impl Shutdown for Downstream {
     async fn shutdown(&mut self) {
+        // Nobody who shuts a connection down waits for a client that takes nothing.
+        let _sent = futures::poll!(std::future::poll_fn(|cx| self.poll_send(cx)));
         self.inner.shutdown().await;
     }
 }

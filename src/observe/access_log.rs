@@ -4,9 +4,9 @@
 //! could hold a space or a quote are quoted and escaped; what a client sent is never written raw, and bodies,
 //! query strings and credentials are never written at all.
 //!
-//! A line looks like any other of the log, but it does not go the way of the others, which would cost a tenth of what a
-//! request costs: it is put together without `core::fmt`, and waits some milliseconds for a thread that writes all there
-//! are at once. If nobody takes them, lines are lost, and the log says how many; requests never wait.
+//! A line looks like any other of the log, but it does not go the way of the others, which would cost a tenth of what
+//! a request costs: it is put together without `core::fmt`, and waits some milliseconds for a thread that writes all
+//! there are at once. If nobody takes them, lines are lost, and the log says how many; requests never wait.
 
 use std::io::{self, Write as _};
 use std::sync::Arc;

@@ -7,6 +7,45 @@ mod registry;
 pub mod traces;
 pub mod verbosity;
 
+use std::io;
+use std::sync::Arc;
+
+use access_log::AccessLog;
+use metrics::Metrics;
+use traces::Traces;
+
+use crate::config;
+
+/// Where it is written down what became of each request. Clones share it.
+#[derive(Clone)]
+pub struct Records {
+    /// The line.
+    pub access_log: Arc<AccessLog>,
+    /// The spans, if somebody wants them.
+    pub traces: Option<Arc<Traces>>,
+}
+
+impl Records {
+    /// Opens them as `config` says.
+    ///
+    /// # Errors
+    /// A lowercase fragment.
+    pub fn open(config: &config::Observe, metrics: &Metrics) -> Result<Self, String> {
+        let access_log = AccessLog::start().map_err(|e: io::Error| format!("no thread for the log: {e}"))?;
+        let traces = config.traces.as_ref().map(|traces| Traces::new(traces, metrics.exports()));
+        let traces = traces.transpose().map_err(|e| format!("observe.traces: {e}"))?.map(Arc::new);
+        Ok(Self { access_log, traces })
+    }
+
+    /// Writes and tells what is left. Blocks, at most for half a second.
+    pub fn finish(&self) {
+        if let Some(traces) = &self.traces {
+            traces.finish();
+        }
+        self.access_log.flush();
+    }
+}
+
 /// How a request ended, as one word for metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

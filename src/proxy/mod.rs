@@ -52,9 +52,8 @@ use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 use crate::balance::retry::{Budget, Failure};
 use crate::clock::{Clock, Time};
 use crate::config;
-use crate::observe::access_log::AccessLog;
+use crate::observe::Records;
 use crate::observe::metrics::Metrics;
-use crate::observe::traces::Traces;
 use crate::policy::Reason;
 use crate::upstream::Upstream;
 use body::{Room, Unread};
@@ -91,20 +90,18 @@ pub struct Proxy {
     uses: Arc<ConnectionUses>,
     in_flight: InFlight,
     choices: Arc<Choices>,
-    traces: Option<Arc<Traces>>,
-    access_log: Arc<AccessLog>,
+    records: Records,
 }
 
 impl Proxy {
-    /// The proxy that `config` describes, over these upstreams; it tells of requests to `traces`
-    /// and `access_log`.
+    /// The proxy that `config` describes, over these upstreams; what becomes of requests
+    /// stands in `records`.
     pub fn new(
         config: &config::Config,
         upstreams: Vec<Arc<Upstream>>,
         clock: Clock,
         metrics: Arc<Metrics>,
-        traces: Option<Arc<Traces>>,
-        access_log: Arc<AccessLog>,
+        records: Records,
     ) -> Self {
         for code in CODES {
             metrics.refusal(code);
@@ -119,8 +116,7 @@ impl Proxy {
             uses: Arc::default(),
             in_flight: InFlight::default(),
             choices: Arc::default(),
-            traces,
-            access_log,
+            records,
         }
     }
 

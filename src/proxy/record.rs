@@ -72,7 +72,7 @@ impl Proxy {
             error: error(outcome, ctx),
             detail: ctx.detail.as_deref(),
         };
-        self.access_log.write(&entry, self.clock.unix_time());
+        self.records.access_log.write(&entry, self.clock.unix_time());
     }
 }
 

@@ -21,7 +21,7 @@ use crate::prompt::{Endpoint, Usage};
 impl Proxy {
     /// Tells of the present attempt, which has ended, once; with the failure, if it was one.
     pub(super) fn tell_attempt(&self, ctx: &mut Context, failure: Option<&str>) {
-        let (Some(traces), Some(recorded)) = (&self.traces, recorded(ctx)) else { return };
+        let (Some(traces), Some(recorded)) = (&self.records.traces, recorded(ctx)) else { return };
         let Some(attempt) = &mut ctx.attempt else { return };
         let Some(id) = attempt.span.take() else { return };
         let times = Times::until_now(&self.clock);
@@ -62,7 +62,7 @@ impl Proxy {
         usage: Option<Usage>,
         error: Option<&str>,
     ) {
-        let (Some(traces), Some(recorded)) = (&self.traces, recorded(ctx)) else { return };
+        let (Some(traces), Some(recorded)) = (&self.records.traces, recorded(ctx)) else { return };
         let times = Times::until_now(&self.clock);
         let status = session.response_written().map_or(0, |response| response.status.as_u16());
         let mut events = Vec::new();

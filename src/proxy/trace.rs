@@ -62,7 +62,7 @@ impl Proxy {
             request.remove_header(PARENT);
             request.remove_header(STATE);
         }
-        let Some(traces) = &self.traces else {
+        let Some(traces) = &self.records.traces else {
             return Ok(known.map(|parent| Trace { id: parent.trace, recorded: None }));
         };
         let (id, sampled) = match &known {

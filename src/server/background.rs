@@ -15,8 +15,7 @@ use super::listening::Gate;
 use super::notify::{notify, watchdog_timeout};
 use super::predecessor::{self, Predecessor};
 use super::reload::Reloader;
-use crate::observe::access_log::AccessLog;
-use crate::observe::traces::Traces;
+use crate::observe::Records;
 use crate::proxy::InFlight;
 
 /// What the last frames of a finished HTTP/2 answer get to leave the process.
@@ -31,10 +30,8 @@ pub(super) struct Background {
     /// Watched for since before there was anything to reload, so that none is lost.
     pub(super) hangup: Mutex<Option<Signal>>,
     pub(super) in_flight: InFlight,
-    /// Which may have something left to tell at the end.
-    pub(super) traces: Option<Arc<Traces>>,
-    /// Which may have lines left.
-    pub(super) access_log: Arc<AccessLog>,
+    /// Which may not be at their end.
+    pub(super) records: Records,
     /// Behind it the services that accept, and how many they are.
     pub(super) gate: Gate,
     pub(super) services: usize,
@@ -154,10 +151,8 @@ impl Background {
             () = next(&mut terminate) => log::warn!("second signal cut={}", self.in_flight.count()),
             () = next(&mut interrupt) => log::warn!("second signal cut={}", self.in_flight.count()),
         }
-        if let Some(traces) = self.traces.clone() {
-            let _told = tokio::task::spawn_blocking(move || traces.finish()).await;
-        }
-        self.access_log.flush();
+        let records = self.records.clone();
+        let _written = tokio::task::spawn_blocking(move || records.finish()).await;
         log::logger().flush();
         std::process::exit(0);
     }

@@ -34,9 +34,8 @@ use crate::admin::{self, Admin, Reloaded};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::ingress::{Door, Ingress, certificates};
-use crate::observe::access_log::AccessLog;
+use crate::observe::Records;
 use crate::observe::metrics::Metrics;
-use crate::observe::traces::Traces;
 use crate::observe::verbosity::Verbosity;
 use crate::policy::Policies;
 use crate::proxy::Proxy;
@@ -88,7 +87,7 @@ pub fn run(
     raise_open_files(config.server.open_files);
     let signals = Watched::new().map_err(|e| StartError(format!("signals cannot be watched: {e}")))?;
     let ready = Ready::new(&config, clock, predecessor.as_mut());
-    let Ready { plan, sockets, metrics, generation, traces, access_log } = match (ready, &predecessor) {
+    let Ready { plan, sockets, metrics, generation, records } = match (ready, &predecessor) {
         (Ok(ready), _) => ready,
         (Err(why), predecessor) => {
             predecessor.iter().for_each(|waiting| waiting.disappoint(&why.to_string()));
@@ -97,14 +96,7 @@ pub fn run(
     };
     let mut server = Server::new_with_opt_and_conf(Opt::default(), server_conf(&config));
     server.bootstrap();
-    let proxy = Proxy::new(
-        &config,
-        generation.upstreams.clone(),
-        clock,
-        metrics.clone(),
-        traces.clone(),
-        access_log.clone(),
-    );
+    let proxy = Proxy::new(&config, generation.upstreams.clone(), clock, metrics.clone(), records.clone());
     let in_flight = proxy.in_flight();
     let app = app(&server.configuration, proxy.clone(), &config);
     let door =
@@ -129,9 +121,7 @@ pub fn run(
         last: Mutex::default(),
         generations,
     });
-    if predecessor.is_none() {
-        reloader.write_pid()?;
-    }
+    predecessor.is_none().then(|| reloader.write_pid()).transpose()?;
     let gate = Gate::closed();
     let services = 1 + usize::from(sockets.admin.is_some());
     server.add_service(Listening {
@@ -161,8 +151,7 @@ pub fn run(
             reloader,
             hangup: Mutex::new(Some(hangup)),
             in_flight: in_flight.clone(),
-            traces,
-            access_log: access_log.clone(),
+            records: records.clone(),
             gate: gate.clone(),
             services,
             listeners,
@@ -173,7 +162,7 @@ pub fn run(
     let asked = Mutex::new(Some(asked));
     let signals = Signals { signals: ending, asked, upgrader, in_flight, gate, metrics };
     server.run(RunArgs { shutdown_signal: Box::new(signals) });
-    access_log.flush();
+    records.access_log.flush();
     Ok(())
 }
 
@@ -220,8 +209,7 @@ struct Ready {
     sockets: Sockets,
     metrics: Arc<Metrics>,
     generation: Generation,
-    traces: Option<Arc<Traces>>,
-    access_log: Arc<AccessLog>,
+    records: Records,
 }
 
 impl Ready {
@@ -251,11 +239,8 @@ impl Ready {
             let runtime = runtime.map_err(|e| StartError(format!("no runtime: {e}")))?;
             runtime.block_on(generation.probes.inherit(heritage.values()));
         }
-        let traces = config.observe.traces.as_ref().map(|traces| Traces::new(traces, metrics.exports()));
-        let traces =
-            traces.transpose().map_err(|e| StartError(format!("observe.traces: {e}")))?.map(Arc::new);
-        let access_log = AccessLog::start().map_err(|e| StartError(format!("no thread for the log: {e}")))?;
-        Ok(Self { plan, sockets, metrics, generation, traces, access_log })
+        let records = Records::open(&config.observe, &metrics).map_err(StartError)?;
+        Ok(Self { plan, sockets, metrics, generation, records })
     }
 }
 
