@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Measured against that of glibc and jemalloc (benches/README.md, wire).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     plimsoll::cli::main()
 }

@@ -33,6 +33,10 @@ use std::time::Duration;
 use clap::Parser;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+/// As Plimsoll's: bare Pingora runs from this binary.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 use process::{CPUS, DIRECT, PEERS};
 use report::{Circumstances, Outcome};
 use scenario::{Kind, SCENARIOS, Sample, Scenario, Setting};
