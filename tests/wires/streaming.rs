@@ -37,6 +37,28 @@ fn assert_is_the_good_stream(reply: &Reply) {
     assert_eq!(reply.events(), [delta("hello"), "[DONE]".to_owned()]);
 }
 
+#[tokio::test]
+async fn neither_the_head_nor_a_part_of_an_answer_that_says_its_length_waits_for_the_rest() {
+    let gate = Gate::new();
+    let scripted = gate.clone();
+    let engine = Engine::start(move |_| {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n";
+        Answer::default().write(head).wait(&scripted).write("{ ").wait(&scripted).write(" }")
+    });
+    let proxy = before(&engine).await;
+    for (line, nth) in BOTH.into_iter().zip([1, 3]) {
+        let mut client = proxy.client(line).await;
+        client.send(&Request::chat("tiny", "hello")).await;
+        gate.reached(nth).await;
+        assert_eq!(client.head().await.status, 200, "{line:?}");
+        gate.open();
+        gate.reached(nth + 1).await;
+        assert_eq!(client.piece().await.unwrap().unwrap(), "{ ", "{line:?}");
+        gate.open();
+        assert_eq!(client.rest().await.0, " }", "{line:?}");
+    }
+}
+
 async fn every_event_arrives_before_the_next_is_made(line: Line) {
     const EVENTS: u64 = 40;
     let gate = Gate::new();
