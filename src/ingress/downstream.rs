@@ -159,9 +159,7 @@ impl Downstream {
     /// Keeps what a client sends before its answer has ended, until it ends itself.
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // Whoever reads now has nothing more to write at the moment.
-        if !self.unsent.is_empty()
-            && let Poll::Ready(Err(e)) = self.poll_send(cx)
-        {
+        if let Poll::Ready(Err(e)) = self.poll_send(cx) {
             return Poll::Ready(Err(e));
         }
         let mut probe = [0; 512];
@@ -192,6 +190,20 @@ impl Downstream {
             self.unsent = BytesMut::new();
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// The outcome of `next`, which comes after what waits.
+    fn poll_after<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        next: impl FnOnce(Pin<&mut Stream>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let done = match self.poll_send(cx) {
+            Poll::Ready(Ok(())) => next(Pin::new(&mut self.inner), cx),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
+            Poll::Pending => Poll::Pending,
+        };
+        self.in_time(cx, done)
     }
 
     /// The outcome of a write, which fails once the client has let it wait too long.
@@ -236,21 +248,11 @@ impl AsyncWrite for Downstream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let done = match this.poll_send(cx) {
-            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_flush(cx),
-            other => other,
-        };
-        this.in_time(cx, done)
+        self.poll_after(cx, |inner, cx| inner.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let done = match this.poll_send(cx) {
-            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_shutdown(cx),
-            other => other,
-        };
-        this.in_time(cx, done)
+        self.poll_after(cx, |inner, cx| inner.poll_shutdown(cx))
     }
 
     fn poll_write_vectored(
@@ -258,20 +260,14 @@ impl AsyncWrite for Downstream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
         let length = bufs.iter().map(|buf| buf.len()).sum();
-        if this.unsent.len() + length <= TOGETHER_BYTES {
-            this.unsent.reserve(length);
-            bufs.iter().for_each(|buf| this.unsent.extend_from_slice(buf));
+        if self.unsent.len() + length <= TOGETHER_BYTES {
+            self.unsent.reserve(length);
+            bufs.iter().for_each(|buf| self.unsent.extend_from_slice(buf));
             return Poll::Ready(Ok(length));
         }
-        // What is large is not copied. What waits goes before it.
-        let done = match this.poll_send(cx) {
-            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_write_vectored(cx, bufs),
-            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
-            Poll::Pending => Poll::Pending,
-        };
-        this.in_time(cx, done)
+        // What is large is not copied.
+        self.poll_after(cx, |inner, cx| inner.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
