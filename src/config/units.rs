@@ -164,11 +164,10 @@ pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
 /// A URL of a host and perhaps a port and a path; without a path it is OTLP's own.
 fn parse_collector(text: &str) -> Option<Uri> {
     let uri: Uri = text.parse().ok()?;
-    let authority = uri.authority()?;
+    let authority = uri.authority().filter(|authority| !authority.host().is_empty())?;
     let is_plain = !text.contains(['@', '#']) && uri.query().is_none();
-    let is_bare = authority.as_str() == authority.host() && !authority.host().is_empty();
-    let is_address =
-        is_bare || authority.port_u16().is_some_and(|port| port > 0 && !authority.host().is_empty());
+    let is_bare = authority.as_str() == authority.host();
+    let is_address = is_bare || authority.port_u16().is_some_and(|port| port > 0);
     if !matches!(uri.scheme_str(), Some("http" | "https")) || !is_plain || !is_address {
         return None;
     }
@@ -464,14 +463,13 @@ mod tests {
             "http://otel:",
             "http://otel:0",
             "http://o:99999",
-        ];
-        for text in wrong.iter().chain(&[
             "http://u:p@otel",
             "http://u@otel:1",
             "http://otel/?key=1",
             "http://otel/#a",
             "",
-        ]) {
+        ];
+        for text in wrong {
             assert_eq!(parse_collector(text), None, "{text}");
         }
     }

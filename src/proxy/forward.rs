@@ -109,7 +109,7 @@ impl Origin {
                     element.extend_from_slice(part);
                 }
             }
-            append(request, FOR, address.into_bytes())?;
+            append(request, FOR, address)?;
             append(request, "forwarded", element)?;
         }
         if !request.headers.contains_key(PROTO) {
@@ -123,10 +123,7 @@ impl Origin {
             http::Version::HTTP_10 => VIA_10,
             _ => VIA_11,
         };
-        if request.headers.contains_key(header::VIA) {
-            return append(request, "via", via.into());
-        }
-        request.insert_header("via", HeaderValue::from_static(via))
+        append(request, "via", HeaderValue::from_static(via))
     }
 
     /// Whether this header may not come from there.
@@ -144,7 +141,10 @@ impl Origin {
 }
 
 /// Adds `element` to the list in the header `name`, as one header.
-fn append(request: &mut RequestHeader, name: &'static str, element: Vec<u8>) -> Result<()> {
+fn append<T>(request: &mut RequestHeader, name: &'static str, element: T) -> Result<()>
+where
+    T: AsRef<[u8]> + TryInto<HeaderValue>,
+{
     let mut values = request.headers.get_all(name).iter().peekable();
     if values.peek().is_none() {
         return request.insert_header(name, element);
@@ -154,7 +154,7 @@ fn append(request: &mut RequestHeader, name: &'static str, element: Vec<u8>) -> 
         list.extend_from_slice(value.as_bytes());
         list.extend_from_slice(b", ");
     }
-    list.extend_from_slice(&element);
+    list.extend_from_slice(element.as_ref());
     request.insert_header(name, list)
 }
 
