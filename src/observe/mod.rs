@@ -7,7 +7,6 @@ mod registry;
 pub mod traces;
 pub mod verbosity;
 
-use std::io;
 use std::sync::Arc;
 
 use access_log::AccessLog;
@@ -31,7 +30,7 @@ impl Records {
     /// # Errors
     /// A lowercase fragment.
     pub fn open(config: &config::Observe, metrics: &Metrics) -> Result<Self, String> {
-        let access_log = AccessLog::start().map_err(|e: io::Error| format!("no thread for the log: {e}"))?;
+        let access_log = AccessLog::start().map_err(|e| format!("no thread for the log: {e}"))?;
         let traces = config.traces.as_ref().map(|traces| Traces::new(traces, metrics.exports()));
         let traces = traces.transpose().map_err(|e| format!("observe.traces: {e}"))?.map(Arc::new);
         Ok(Self { access_log, traces })
@@ -79,6 +78,11 @@ impl Outcome {
         Self::Refused,
         Self::Local,
     ];
+
+    /// Whether no whole good answer came of an engine, through no fault of the client's.
+    pub const fn is_failure(self) -> bool {
+        matches!(self, Self::EngineError | Self::Cut | Self::Unreachable)
+    }
 
     /// The label.
     pub const fn name(self) -> &'static str {

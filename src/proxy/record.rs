@@ -10,6 +10,17 @@ use crate::observe::Outcome;
 use crate::observe::access_log::Entry;
 use crate::prompt::Usage;
 
+/// How a request has ended.
+pub(super) struct End {
+    /// The status that went to the client; 0 if none did.
+    pub(super) status: u16,
+    pub(super) outcome: Outcome,
+    /// As the engine counted.
+    pub(super) usage: Option<Usage>,
+    /// Why we refused, or the last failure.
+    pub(super) error: Option<&'static str>,
+}
+
 impl Proxy {
     /// Counts the request and writes it down.
     pub(super) fn record(&self, session: &Session, e: Option<&Error>, ctx: &mut Context) {
@@ -17,13 +28,12 @@ impl Proxy {
         let usage = ctx.attempt.as_ref().and_then(|attempt| attempt.tap.usage());
         self.count(ctx, outcome, usage);
         settle(ctx, outcome, usage, self.clock.now());
+        let end = End { status: status(session), outcome, usage, error: error(outcome, ctx) };
         if ctx.setup.observe.access_log {
-            self.log(session, ctx, outcome, usage);
+            self.log(session, ctx, &end);
         }
-        let error = error(outcome, ctx);
-        let failed = matches!(outcome, Outcome::EngineError | Outcome::Cut | Outcome::Unreachable);
-        self.tell_attempt(ctx, failed.then(|| error.unwrap_or_else(|| outcome.name())));
-        self.tell_request(session, ctx, outcome, usage, error);
+        self.tell_attempt(ctx, outcome.is_failure().then(|| end.error.unwrap_or_else(|| outcome.name())));
+        self.tell_request(session, ctx, &end);
     }
 
     fn count(&self, ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
@@ -43,7 +53,7 @@ impl Proxy {
         }
     }
 
-    fn log(&self, session: &Session, ctx: &Context, outcome: Outcome, usage: Option<Usage>) {
+    fn log(&self, session: &Session, ctx: &Context, end: &End) {
         let request = session.req_header();
         let attempt = ctx.attempt.as_ref();
         let digest = ctx.digest.as_ref();
@@ -54,8 +64,8 @@ impl Proxy {
             key: ctx.key.as_ref().map(|key| key.name.as_str()),
             method: request.method.as_str(),
             path: request.uri.path(),
-            status: session.response_written().map_or(0, |response| response.status.as_u16()),
-            outcome,
+            status: end.status,
+            outcome: end.outcome,
             upstream: ctx.upstream.as_ref().map(|upstream| upstream.name.as_str()),
             backend: attempt.map(|attempt| attempt.live.label.as_str()),
             reason: attempt.map(|attempt| attempt.charge.reason.name()),
@@ -68,12 +78,16 @@ impl Proxy {
             duration: self.clock.now().since(ctx.arrived),
             bytes_in: ctx.body_bytes,
             bytes_out: session.body_bytes_sent(),
-            tokens: usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
-            error: error(outcome, ctx),
+            tokens: end.usage.map(|u| (u.prompt_tokens, u.completion_tokens, u.cached_tokens)),
+            error: end.error,
             detail: ctx.detail.as_deref(),
         };
         self.records.access_log.write(&entry, self.clock.unix_time());
     }
+}
+
+fn status(session: &Session) -> u16 {
+    session.response_written().map_or(0, |response| response.status.as_u16())
 }
 
 /// Puts in place of the estimate that the key was charged what the engine counted. Of an answer without

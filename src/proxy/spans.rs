@@ -11,17 +11,17 @@ use opentelemetry::KeyValue;
 use opentelemetry::trace::SpanKind;
 use pingora_proxy::Session;
 
+use super::record::End;
 use super::trace::Recorded;
 use super::{Context, Proxy};
 use crate::clock::{Clock, Time};
-use crate::observe::Outcome;
 use crate::observe::traces::Span;
-use crate::prompt::{Endpoint, Usage};
+use crate::prompt::Endpoint;
 
 impl Proxy {
     /// Tells of the present attempt, which has ended, once; with the failure, if it was one.
     pub(super) fn tell_attempt(&self, ctx: &mut Context, failure: Option<&str>) {
-        let (Some(traces), Some(recorded)) = (&self.records.traces, recorded(ctx)) else { return };
+        let (Some(traces), Some((trace, recorded))) = (&self.records.traces, recorded(ctx)) else { return };
         let Some(attempt) = &mut ctx.attempt else { return };
         let Some(id) = attempt.span.take() else { return };
         let times = Times::until_now(&self.clock);
@@ -39,7 +39,7 @@ impl Proxy {
         }
         attributes.extend(failure.map(|failure| KeyValue::new("error.type", failure.to_owned())));
         traces.tell(Span {
-            trace: recorded.trace,
+            trace,
             id,
             parent: Some(recorded.request),
             parent_is_remote: false,
@@ -54,24 +54,16 @@ impl Proxy {
     }
 
     /// Tells of the request, which has ended.
-    pub(super) fn tell_request(
-        &self,
-        session: &Session,
-        ctx: &Context,
-        outcome: Outcome,
-        usage: Option<Usage>,
-        error: Option<&str>,
-    ) {
-        let (Some(traces), Some(recorded)) = (&self.records.traces, recorded(ctx)) else { return };
+    pub(super) fn tell_request(&self, session: &Session, ctx: &Context, end: &End) {
+        let (Some(traces), Some((trace, recorded))) = (&self.records.traces, recorded(ctx)) else { return };
         let times = Times::until_now(&self.clock);
-        let status = session.response_written().map_or(0, |response| response.status.as_u16());
         let mut events = Vec::new();
         if ctx.attempts > 0 {
             events.push(("admitted", times.at(ctx.admitted_at)));
         }
         events.extend(ctx.ttft.map(|ttft| ("first token", times.at(ctx.arrived) + ttft)));
         traces.tell(Span {
-            trace: recorded.trace,
+            trace,
             id: recorded.request,
             parent: recorded.parent,
             parent_is_remote: recorded.parent.is_some(),
@@ -79,26 +71,20 @@ impl Proxy {
             name: name(session),
             began: times.at(ctx.arrived),
             ended: times.end,
-            attributes: attributes(session, ctx, status, outcome, usage, error),
+            attributes: attributes(session, ctx, end),
             events,
-            failed: status >= 500
-                || matches!(outcome, Outcome::Cut | Outcome::EngineError | Outcome::Unreachable),
+            failed: end.status >= 500 || end.outcome.is_failure(),
         });
     }
 }
 
-fn recorded(ctx: &Context) -> Option<Recorded> {
-    ctx.trace.as_ref().and_then(|trace| trace.recorded)
+/// The trace, if it is recorded, and what the spans of the request are bound together by.
+fn recorded(ctx: &Context) -> Option<(u128, Recorded)> {
+    ctx.trace.as_ref().and_then(|trace| Some((trace.id, trace.recorded?)))
 }
 
-fn attributes(
-    session: &Session,
-    ctx: &Context,
-    status: u16,
-    outcome: Outcome,
-    usage: Option<Usage>,
-    error: Option<&str>,
-) -> Vec<KeyValue> {
+fn attributes(session: &Session, ctx: &Context, end: &End) -> Vec<KeyValue> {
+    let &End { status, outcome, usage, error } = end;
     let text = |key: &'static str, value: &str| KeyValue::new(key, value.to_owned());
     let request = session.req_header();
     let mut attributes = vec![

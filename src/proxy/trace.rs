@@ -33,8 +33,6 @@ pub(super) struct Trace {
 /// What the spans of a request are bound together by.
 #[derive(Clone, Copy)]
 pub(super) struct Recorded {
-    /// The trace.
-    pub(super) trace: u128,
     /// The span of the request; not zero.
     pub(super) request: u64,
     /// The client's span.
@@ -74,7 +72,7 @@ impl Proxy {
             request.insert_header(PARENT, parent(id, span, 0))?;
         }
         let parent = known.map(|parent| parent.span);
-        Ok(Some(Trace { id, recorded: sampled.then_some(Recorded { trace: id, request: span, parent }) }))
+        Ok(Some(Trace { id, recorded: sampled.then_some(Recorded { request: span, parent }) }))
     }
 }
 

@@ -48,8 +48,6 @@ impl Proxy {
             (others.is_some() || again) && retry::retry(rule, failure, progress, &mut self.budget.lock());
         if retry {
             upstream.retried(failure);
-        }
-        if retry {
             self.tell_attempt(ctx, Some(failure.name()));
         }
         if retry && again {
