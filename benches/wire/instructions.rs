@@ -93,7 +93,8 @@ async fn count(peer: &str, size: usize, count: u64) -> io::Result<u64> {
     let engines = Engines::start(clock).await?;
     let tally = Tally::new(clock);
     let prompts = Arc::new(Prompts::new(size.max(1 << 10), 7));
-    let file = process::folder().join("callgrind.out");
+    // Kept for `callgrind_annotate`: the difference of two such files is where the instructions of a request go.
+    let file = process::folder().join(format!("callgrind.{peer}.{size}.{count}"));
     // What was counted last time must not be taken for this.
     let _ = fs::remove_file(&file);
     let prefix = format!("valgrind --quiet --tool=callgrind --callgrind-out-file={}", file.display());
